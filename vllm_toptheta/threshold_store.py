@@ -1,0 +1,113 @@
+"""Where threshold tables live: a name, path or "auto" and a model's identity in, the table that belongs to it out."""
+
+import os
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import NamedTuple
+
+from vllm_toptheta.model_identity import ModelIdentity
+from vllm_toptheta.thresholds import TableMetadata, ThresholdTable, read_metadata
+
+
+class FoundTable(NamedTuple):
+    """A table and the file it came from."""
+
+    table: ThresholdTable
+    path: Path
+
+
+class ThresholdStore:
+    """Two folders of tables: the shipped ones and the user's own.
+
+    A folder holds `<org>--<model>/<any name>.safetensors`. Names are for people: tables are matched by the identity
+    inside them.
+    """
+
+    def __init__(self, shipped_dir: Path | None = None, user_dir: Path | None = None) -> None:
+        """Use the standard folders unless others are given.
+
+        Args:
+            shipped_dir: the wheel's, or a checkout's `thresholds/`, by default.
+            user_dir: `$TOPTHETA_HOME/thresholds`, or `~/.cache/toptheta/thresholds`, by default.
+        """
+        self.shipped_dir = shipped_dir or _default_shipped_dir()
+        self.user_dir = user_dir or _default_user_dir()
+
+    def path_for(self, identity: ModelIdentity, stem: str) -> Path:
+        """Where a new table of the model goes, in the user's folder."""
+        return self.user_dir / folder_name(identity.name) / f"{stem}.safetensors"
+
+    def find(self, spec: str, identity: ModelIdentity) -> FoundTable:
+        """Find the table for a model.
+
+        Args:
+            spec: "auto" (any table whose identity matches: the user's newest first, then shipped), the path of a
+                file, or the name of a folder in the store ("org--model" or "org/model").
+            identity: the model that is to be served.
+
+        Raises:
+            FileNotFoundError: no table; says where it was looked for and what to type next.
+            ValueError: the named table is broken, or belongs to another model (names the fields that differ).
+        """
+        if spec != "auto" and (path := Path(spec).expanduser()).is_file():
+            return self._checked(path, identity)
+        rejected: list[str] = []
+        for path in self._candidates(None if spec == "auto" else folder_name(spec)):
+            try:
+                metadata = read_metadata(path)
+            except ValueError as error:
+                rejected.append(str(error))
+                continue
+            if metadata.identity.matches(identity):
+                return FoundTable(ThresholdTable.load(path), path)
+            rejected.append(f"{path}: for another model, {_model_of(metadata)}")
+            if spec != "auto":
+                rejected[-1] += f" ({metadata.identity.differences(identity)})"
+        message = (
+            f"no threshold table for {identity.name or 'this model'} "
+            f"(config hash {identity.config_hash[:12]}, asked for {spec!r}) in {self.user_dir} or "
+            f"{self.shipped_dir or 'the package (none shipped)'}; "
+            f"make one with: toptheta calibrate {identity.name or 'MODEL'}"
+        )
+        if rejected:
+            message += "\n  looked at " + "\n  looked at ".join(rejected)
+        if spec != "auto" and rejected:
+            raise ValueError(message)
+        raise FileNotFoundError(message)
+
+    def _candidates(self, folder: str | None) -> Iterator[Path]:
+        """Files of all models or of one folder: the user's, newest first, then the shipped ones by name."""
+        pattern = f"{folder or '*'}/*.safetensors"
+        yield from sorted(self.user_dir.glob(pattern), key=lambda path: path.stat().st_mtime, reverse=True)
+        if self.shipped_dir is not None:
+            yield from sorted(self.shipped_dir.glob(pattern))
+
+    @staticmethod
+    def _checked(path: Path, identity: ModelIdentity) -> FoundTable:
+        table = ThresholdTable.load(path)
+        table.check_model(identity, source=f"table {path}")
+        return FoundTable(table, path)
+
+
+def folder_name(model_name: str) -> str:
+    """The store's folder of a model: "org/model" and a local path "…/org/model" become "org--model"."""
+    parts = [part for part in model_name.split("/") if part not in ("", ".", "..")]
+    return "--".join(parts[-2:]) or "unnamed"
+
+
+def _model_of(metadata: TableMetadata) -> str:
+    return metadata.identity.name or f"unnamed, config hash {metadata.identity.config_hash[:12]}"
+
+
+def _default_user_dir() -> Path:
+    home = os.environ.get("TOPTHETA_HOME")
+    return (Path(home).expanduser() if home else Path.home() / ".cache" / "toptheta") / "thresholds"
+
+
+def _default_shipped_dir() -> Path | None:
+    package = Path(str(resources.files("vllm_toptheta")))
+    for folder in (package / "_shipped_thresholds", package.parent / "thresholds"):
+        if folder.is_dir():
+            return folder
+    return None
