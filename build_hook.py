@@ -19,8 +19,8 @@ class NativeKernelHook(BuildHookInterface):
         # Run by path: importing the package would need its run-time dependencies at build time.
         build = runpy.run_path(str(kernels / "build_native.py"))
         try:
-            library = build["build"](kernels)
-        except build["NativeBuildError"] as error:
+            library = build["build_native"](kernels)
+        except RuntimeError as error:
             print(f"vllm-toptheta: building without the native CPU kernel: {error}", file=sys.stderr)
             return
         build_data["pure_python"] = False

@@ -1,7 +1,8 @@
 """Model config in, identity out: what decides whether a threshold table belongs to a model.
 
-The identity is a hash over the fields of a transformers config that change attention scores. It is the same for the
-config that `AutoConfig` loads and for vLLM's `model_config.hf_text_config`, and does not depend on the path or dtype.
+The identity is a hash over the fields of a transformers config that change attention scores. It is
+the same for the config that `AutoConfig` loads and for vLLM's `model_config.hf_text_config`, and
+does not depend on the path or dtype.
 """
 
 import hashlib
@@ -64,7 +65,8 @@ class ModelIdentity(BaseModel):
         """Compute the identity of a model.
 
         Args:
-            config: transformers `PreTrainedConfig` of the language model, or of a multimodal model that holds one.
+            config: transformers `PreTrainedConfig` of the language model, or of a multimodal model
+                that holds one.
             name: model name to record; the config's own by default.
 
         Raises:
@@ -121,15 +123,19 @@ def _count(config: Any, field: str, default: int | None = None) -> int:
         value = default
     if not isinstance(value, int) or value < 1:
         raise ValueError(
-            f"model config {type(config).__name__}: {field} is {value!r}, expected one positive number "
-            "(models whose heads differ from layer to layer are not supported)"
+            f"model config {type(config).__name__}: {field} is {value!r}, expected one positive "
+            "number (models whose heads differ from layer to layer are not supported)"
         )
     return value
 
 
 def _rope(config: Any) -> dict[str, JsonValue]:
-    """Rotary parameters without the spellings that transformers and vLLM translate into one another."""
-    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    """Rotary parameters without the spellings that transformers and vLLM translate into one
+    another.
+    """
+    parameters = (
+        getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    )
     if any(isinstance(value, Mapping) for value in parameters.values()):
         return {
             str(layer_type): _flat_rope(config, value)

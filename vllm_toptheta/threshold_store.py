@@ -1,4 +1,6 @@
-"""Where threshold tables live: a name, path or "auto" and a model's identity in, the table that belongs to it out."""
+"""Where threshold tables live: a name, path or "auto" and a model's identity in, the table that
+belongs to it out.
+"""
 
 import os
 from collections.abc import Iterator
@@ -20,8 +22,8 @@ class FoundTable(NamedTuple):
 class ThresholdStore:
     """Two folders of tables: the shipped ones and the user's own.
 
-    A folder holds `<org>--<model>/<any name>.safetensors`. Names are for people: tables are matched by the identity
-    inside them.
+    A folder holds `<org>--<model>/<any name>.safetensors`. Names are for people: tables are matched
+    by the identity inside them.
     """
 
     def __init__(self, shipped_dir: Path | None = None, user_dir: Path | None = None) -> None:
@@ -42,13 +44,15 @@ class ThresholdStore:
         """Find the table for a model.
 
         Args:
-            spec: "auto" (any table whose identity matches: the user's newest first, then shipped), the path of a
-                file, or the name of a folder in the store ("org--model" or "org/model").
+            spec: "auto" (any table whose identity matches: the user's newest first, then shipped),
+                the path of a file, or the name of a folder in the store ("org--model" or
+                "org/model").
             identity: the model that is to be served.
 
         Raises:
             FileNotFoundError: no table; says where it was looked for and what to type next.
-            ValueError: the named table is broken, or belongs to another model (names the fields that differ).
+            ValueError: the named table is broken, or belongs to another model (names the fields
+                that differ).
         """
         if spec != "auto" and (path := Path(spec).expanduser()).is_file():
             return self._checked(path, identity)
@@ -77,9 +81,13 @@ class ThresholdStore:
         raise FileNotFoundError(message)
 
     def _candidates(self, folder: str | None) -> Iterator[Path]:
-        """Files of all models or of one folder: the user's, newest first, then the shipped ones by name."""
+        """Files of all models or of one folder: the user's, newest first, then the shipped ones by
+        name.
+        """
         pattern = f"{folder or '*'}/*.safetensors"
-        yield from sorted(self.user_dir.glob(pattern), key=lambda path: path.stat().st_mtime, reverse=True)
+        yield from sorted(
+            self.user_dir.glob(pattern), key=lambda path: path.stat().st_mtime, reverse=True
+        )
         if self.shipped_dir is not None:
             yield from sorted(self.shipped_dir.glob(pattern))
 
@@ -91,7 +99,9 @@ class ThresholdStore:
 
 
 def folder_name(model_name: str) -> str:
-    """The store's folder of a model: "org/model" and a local path "…/org/model" become "org--model"."""
+    """The store's folder of a model: "org/model" and a local path "…/org/model" become
+    "org--model".
+    """
     parts = [part for part in model_name.split("/") if part not in ("", ".", "..")]
     return "--".join(parts[-2:]) or "unnamed"
 

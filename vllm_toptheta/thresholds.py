@@ -1,6 +1,7 @@
 """Threshold tables: a calibrated file in, theta for any k and row length out.
 
-A file is safetensors whose header carries the provenance as JSON. Loading validates everything and executes nothing.
+A file is safetensors whose header carries the provenance as JSON. Loading validates everything and
+executes nothing.
 """
 
 import math
@@ -34,7 +35,8 @@ class TableMetadata(BaseModel):
         identity: the model it was calibrated on.
         windows: per layer, keys a row sees at most; None where it sees all.
         allocation: how a level's k is divided among heads: by lost mass, or the same for all.
-        group_size: tokens per compensation group during calibration and in the lost mass's evaluation.
+        group_size: tokens per compensation group during calibration and in the lost mass's
+            evaluation.
         tac_k: k of the attention the layers saw during calibration; 0 for dense.
         corpus: description of the calibration text.
         num_tokens: tokens calibrated on.
@@ -68,8 +70,10 @@ class LevelThresholds:
         k: mean number of keys a head keeps per row.
         lengths: [num_knots] float32, row lengths theta is known at, ascending.
         theta: [num_layers, num_heads, num_knots] float32, units of q.k * sm_scale.
-        slope: [num_layers, num_heads] float32, change of theta per doubling of the length past the last knot.
-        head_k: [num_layers, num_heads] float32, keys the head may keep; a row no longer than that keeps all.
+        slope: [num_layers, num_heads] float32, change of theta per doubling of the length past the
+            last knot.
+        head_k: [num_layers, num_heads] float32, keys the head may keep; a row no longer than that
+            keeps all.
     """
 
     k: float
@@ -81,7 +85,8 @@ class LevelThresholds:
     def lookup(self, lengths: Tensor) -> Tensor:
         """Theta of rows of given lengths, for all layers at once.
 
-        Linear in log2(length) between knots, along `slope` past the last, the first knot's theta before the first.
+        Linear in log2(length) between knots, along `slope` past the last, the first knot's theta
+        before the first.
 
         Args:
             lengths: [num_seqs] integer, keys the row sees.
@@ -118,9 +123,12 @@ class ThresholdTable:
         levels: [num_levels] float32, mean k of each level, ascending.
         lengths: [num_knots] float32, row lengths, ascending.
         theta: [num_levels, num_layers, num_heads, num_knots] float32, units of q.k * sm_scale.
-        slope: [num_levels, num_layers, num_heads] float32, theta per doubling of the length past the last knot.
-        head_k: [num_levels, num_layers, num_heads] float32, budget of the head; its mean is the level.
-        lost_mass: [num_levels, num_layers, num_heads] float32, mean probability mass of the keys not kept.
+        slope: [num_levels, num_layers, num_heads] float32, theta per doubling of the length past
+            the last knot.
+        head_k: [num_levels, num_layers, num_heads] float32, budget of the head; its mean is the
+            level.
+        lost_mass: [num_levels, num_layers, num_heads] float32, mean probability mass of the keys
+            not kept.
     """
 
     metadata: TableMetadata
@@ -157,8 +165,8 @@ class ThresholdTable:
         if not lowest <= k <= highest:
             raise ValueError(
                 f"k = {k:g} is outside the table's range [{lowest:g}, {highest:g}] of "
-                f"{self.metadata.identity.name or 'the model'}; choose a k inside it, or calibrate on longer "
-                "documents (toptheta calibrate MODEL --length N)"
+                f"{self.metadata.identity.name or 'the model'}; choose a k inside it, or calibrate on "
+                "longer documents (toptheta calibrate MODEL --length N)"
             )
         upper = int(torch.searchsorted(self.levels, float(k)))
         if float(self.levels[upper]) == k:
@@ -175,13 +183,16 @@ class ThresholdTable:
     def slice_heads(self, start: int, stop: int) -> "ThresholdTable":
         """The table of a tensor-parallel rank that owns query heads start to stop - 1.
 
-        The metadata still describe the whole model, and a level's k is still the mean over all of its heads.
+        The metadata still describe the whole model, and a level's k is still the mean over all of
+        its heads.
 
         Raises:
             ValueError: the range is empty or outside the heads.
         """
         if not 0 <= start < stop <= self.num_heads:
-            raise ValueError(f"heads {start}:{stop} are not a range within the table's {self.num_heads} heads")
+            raise ValueError(
+                f"heads {start}:{stop} are not a range within the table's {self.num_heads} heads"
+            )
         heads = slice(start, stop)
         return replace(
             self,
@@ -200,7 +211,8 @@ class ThresholdTable:
         if not self.metadata.identity.matches(identity):
             raise ValueError(
                 f"threshold {source} was calibrated on another model "
-                f"({self.metadata.identity.name or 'unnamed'}): {self.metadata.identity.differences(identity)}; "
+                f"({self.metadata.identity.name or 'unnamed'}): "
+                f"{self.metadata.identity.differences(identity)}; "
                 f"calibrate this one with: toptheta calibrate {identity.name or 'MODEL'}"
             )
 
@@ -219,7 +231,8 @@ class ThresholdTable:
                 file.write(payload)
                 file.flush()
                 os.fsync(file.fileno())
-            # mkstemp makes the file private; a table is meant to be read by whoever runs the server.
+            # mkstemp makes the file private; a table is meant to be read by whoever runs the
+            # server.
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
         except BaseException:
@@ -239,7 +252,9 @@ class ThresholdTable:
             with safe_open(path, framework="pt") as file:
                 names = set(file.keys())
                 if names != set(_TENSOR_NAMES):
-                    raise ValueError(f"tensors are {sorted(names)}, expected {sorted(_TENSOR_NAMES)}")
+                    raise ValueError(
+                        f"tensors are {sorted(names)}, expected {sorted(_TENSOR_NAMES)}"
+                    )
                 return cls(metadata, **{name: file.get_tensor(name) for name in _TENSOR_NAMES})
         except (SafetensorError, ValueError) as error:
             raise ValueError(f"threshold table {path}: {error}") from error
@@ -267,13 +282,13 @@ def read_metadata(path: Path) -> TableMetadata:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "header"
         raise ValueError(
-            f"threshold table {path}: metadata field {field!r}: {first['msg']} (schema {SCHEMA_VERSION} expected; "
-            "calibrate again with this version)"
+            f"threshold table {path}: metadata field {field!r}: {first['msg']} "
+            f"(schema {SCHEMA_VERSION} expected; calibrate again with this version)"
         ) from error
     if metadata.schema_version != SCHEMA_VERSION:
         raise ValueError(
-            f"threshold table {path}: schema version {metadata.schema_version}, expected {SCHEMA_VERSION}; "
-            "calibrate again with this version"
+            f"threshold table {path}: schema version {metadata.schema_version}, "
+            f"expected {SCHEMA_VERSION}; calibrate again with this version"
         )
     return metadata
 
@@ -297,8 +312,8 @@ def _validate(table: ThresholdTable) -> None:
         worst = int(((mean / table.levels) - 1).abs().argmax())
         if not 0.95 <= float(mean[worst] / table.levels[worst]) <= 1.05:
             raise ValueError(
-                f"head_k of level {float(table.levels[worst]):g} averages {float(mean[worst]):.1f}, "
-                "expected the level itself"
+                f"head_k of level {float(table.levels[worst]):g} averages "
+                f"{float(mean[worst]):.1f}, expected the level itself"
             )
     if (table.lost_mass < 0).any() or (table.lost_mass > 1).any():
         raise ValueError("lost_mass is not within [0, 1]")
@@ -310,9 +325,13 @@ def _validate_shapes(table: ThresholdTable) -> None:
         if (dtype := getattr(table, name).dtype) != torch.float32:
             raise ValueError(f"{name} is {dtype}, expected torch.float32")
     if table.levels.dim() != 1 or table.levels.numel() < 1:
-        raise ValueError(f"levels have shape {list(table.levels.shape)}, expected [num_levels >= 1]")
+        raise ValueError(
+            f"levels have shape {list(table.levels.shape)}, expected [num_levels >= 1]"
+        )
     if table.lengths.dim() != 1 or table.lengths.numel() < 2:
-        raise ValueError(f"lengths have shape {list(table.lengths.shape)}, expected [num_knots >= 2]")
+        raise ValueError(
+            f"lengths have shape {list(table.lengths.shape)}, expected [num_knots >= 2]"
+        )
     # A tensor-parallel rank's slice holds fewer heads than the model, a file never does.
     num_heads = table.theta.shape[2] if table.theta.dim() == 4 else identity.num_heads
     if not 1 <= num_heads <= identity.num_heads:
@@ -326,6 +345,11 @@ def _validate_shapes(table: ThresholdTable) -> None:
     }
     for name, shape in expected.items():
         if list(getattr(table, name).shape) != shape:
-            raise ValueError(f"{name} has shape {list(getattr(table, name).shape)}, expected {shape}")
+            raise ValueError(
+                f"{name} has shape {list(getattr(table, name).shape)}, expected {shape}"
+            )
     if len(table.metadata.windows) != identity.num_layers:
-        raise ValueError(f"windows name {len(table.metadata.windows)} layers, the model has {identity.num_layers}")
+        raise ValueError(
+            f"windows name {len(table.metadata.windows)} layers, "
+            f"the model has {identity.num_layers}"
+        )

@@ -368,9 +368,10 @@ class TopThetaCPUImpl(CPUAttentionBackendImpl):
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
+        _advise_once(kv_cache)
         super().do_kv_cache_update(layer, key, value, self._kv_only(kv_cache), slot_mapping)
         if self.compensation:
-            update_v_means(kv_cache, self.layout, slot_mapping)
+            update_v_means(kv_cache, self.layout, slot_mapping, impl=self.kernel_impl)
 
     def forward(
         self,
@@ -423,3 +424,14 @@ class TopThetaCPUImpl(CPUAttentionBackendImpl):
                 output_block_scale,
             )
         return output
+
+
+_advised: set[int] = set()
+
+
+def _advise_once(kv_cache: torch.Tensor) -> None:
+    """Ask for huge pages, once for the allocation that all layers share."""
+    address = kv_cache.untyped_storage().data_ptr()
+    if address not in _advised:
+        _advised.add(address)
+        advise_huge_pages(kv_cache)

@@ -1,6 +1,7 @@
 """A Hugging Face model and an attention function in, the model running with that attention out.
 
-Works for every model that takes its attention from transformers' `ALL_ATTENTION_FUNCTIONS`; there is no code per model.
+Works for every model that takes its attention from transformers' `ALL_ATTENTION_FUNCTIONS`; there
+is no code per model.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,7 +17,9 @@ from vllm_toptheta.kernels import reference
 
 _NAME = "toptheta"
 _CHUNK_ELEMENTS = 1 << 19
-"""Scores in flight: few enough for the cache, which makes the chunked reference about twice as fast."""
+"""Scores in flight: few enough for the cache, which makes the chunked reference about twice as
+fast.
+"""
 
 
 @dataclass(frozen=True)
@@ -111,14 +114,14 @@ def _adapter(attention: Attention) -> Callable[..., tuple[Tensor, None]]:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         if layer is None or not causal or attention_mask is not None or position_bias is not None:
             raise ValueError(
-                f"{type(module).__name__} is not a plain causal decoder attention (layer {layer}, causal {causal}, "
-                f"mask {attention_mask is not None}, bias {position_bias is not None}); Top-theta cannot be "
-                "calibrated for it"
+                f"{type(module).__name__} is not a plain causal decoder attention (layer {layer}, "
+                f"causal {causal}, mask {attention_mask is not None}, bias "
+                f"{position_bias is not None}); Top-theta cannot be calibrated for it"
             )
         if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
             raise ValueError(
-                f"attention over a batch of {query.shape[0]} with {query.shape[2]} rows and {key.shape[2]} keys; "
-                "expected one document without a cache"
+                f"attention over a batch of {query.shape[0]} with {query.shape[2]} rows and "
+                f"{key.shape[2]} keys; expected one document without a cache"
             )
         call = AttentionCall(
             layer=int(layer),
@@ -150,7 +153,9 @@ def dense_attention(call: AttentionCall) -> Tensor:
 
 
 Select = Callable[[Tensor, Tensor], Tensor]
-"""Scores [num_heads, n, num_keys] and their rows' positions [n] to the kept mask of the scores' shape."""
+"""Scores [num_heads, n, num_keys] and their rows' positions [n] to the kept mask of the scores'
+shape.
+"""
 
 
 def pruned_attention(
@@ -158,6 +163,7 @@ def pruned_attention(
     select: Select,
     *,
     group_size: int | None,
+    renormalize: bool = False,
     observe: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """The layer's attention by the reference, a cache-sized chunk of rows at a time.
@@ -166,6 +172,7 @@ def pruned_attention(
         call: the layer's inputs.
         select: decides which keys a row keeps.
         group_size: tokens per compensation group; None drops the lost mass.
+        renormalize: take the softmax over the kept keys alone, so that no mass is lost.
         observe: sees every chunk's kept mask [num_heads, n, num_keys] and rows [n].
 
     Returns:
@@ -183,6 +190,8 @@ def pruned_attention(
         kept = select(scores, rows)
         if observe is not None:
             observe(kept, rows)
+        if renormalize:
+            scores = scores.masked_fill_(~kept, -torch.inf)
         weights = reference.attention_weights(scores, kept, group_size=group_size, sinks=call.sinks)
         output[start:stop] = reference.weighted_values(weights, call.value[first_key:stop])
         start = stop

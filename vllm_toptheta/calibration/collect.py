@@ -1,7 +1,9 @@
-"""A model and documents in, score statistics out: one pass, memory constant in the number of tokens.
+"""A model and documents in, score statistics out: one pass, memory constant in the number of
+tokens.
 
-For every layer, head and bucket of row lengths a histogram over the score holds how many keys a row has there and how
-much probability mass they carry. That answers every k: theta(k) is where the keys above it number k on average.
+For every layer, head and bucket of row lengths a histogram over the score holds how many keys a row
+has there and how much probability mass they carry. That answers every k: theta(k) is where the keys
+above it number k on average.
 """
 
 import math
@@ -24,7 +26,9 @@ NUM_BINS = 512
 BUCKETS_PER_OCTAVE = 4
 SHORTEST_ROW = 16
 _ROWS_PER_BUCKET = 32
-"""Rows a document contributes to a bucket: neighbouring rows resemble one another, so more add little."""
+"""Rows a document contributes to a bucket: neighbouring rows resemble one another, so more add
+little.
+"""
 _RANGE_ROWS = 64
 _RANGE_MARGIN = 0.25
 
@@ -68,7 +72,10 @@ class ScoreStatistics:
         """
         num_buckets = math.ceil(math.log2(length / SHORTEST_ROW) * BUCKETS_PER_OCTAVE)
         if num_buckets < 2:
-            raise ValueError(f"length {length} is too short, expected at least {2 * SHORTEST_ROW} tokens a document")
+            raise ValueError(
+                f"length {length} is too short, expected at least {2 * SHORTEST_ROW} tokens "
+                "a document"
+            )
         octaves = torch.arange(-num_buckets, 1, dtype=torch.float64) / BUCKETS_PER_OCTAVE
         shape = (num_layers, num_heads, num_buckets, NUM_BINS)
         return cls(
@@ -101,8 +108,9 @@ class Collector:
     Attributes:
         model: a causal language model in eval mode.
         statistics: what has been collected so far.
-        tac_k: let every layer output what inference will (top-k at calibration): the keys above the threshold that
-            keeps tac_k of them per row on average, compensated; 0 leaves the model dense.
+        tac_k: let every layer output what inference will (top-k at calibration): the keys above the
+            threshold that keeps tac_k of them per row on average, compensated; 0 leaves the model
+            dense.
         group_size: tokens per compensation group of that output.
         seed: of the choice of rows.
     """
@@ -119,24 +127,32 @@ class Collector:
     def __post_init__(self) -> None:
         self._generator = torch.Generator().manual_seed(self.seed)
 
-    def run(self, documents: Iterable[Tensor], report: Callable[[int], None] | None = None) -> None:
+    def run(
+        self, documents: Iterable[Tensor], report: Callable[[int], object] | None = None
+    ) -> None:
         """Add documents to the statistics.
 
         Args:
-            documents: token ids, [length] int64 each, none longer than the statistics' longest bucket.
+            documents: token ids, [length] int64 each, none longer than the statistics' longest
+                bucket.
             report: told the number of tokens after each document.
 
         Raises:
-            ValueError: the model has layers that do not attend, or an attention that cannot be calibrated.
+            ValueError: the model has layers that do not attend, or an attention that cannot be
+                calibrated.
         """
         for document in documents:
             self._sample = self._choose_rows(document.numel())
             self._seen_layers.clear()
             with replaced_attention(self.model, self._attend), torch.inference_mode():
-                # Nobody reads the logits; one row of them instead of all saves a vocabulary-sized product per token.
+                # Nobody reads the logits; one row of them instead of all saves a vocabulary-sized
+                # product per token.
                 self.model(document[None].to(self.model.device), use_cache=False, logits_to_keep=1)
             if missing := set(range(len(self.statistics.windows))) - self._seen_layers:
-                raise ValueError(f"layers {sorted(missing)} did not attend; models with such layers are unsupported")
+                raise ValueError(
+                    f"layers {sorted(missing)} did not attend; models with such layers are "
+                    "unsupported"
+                )
             for bucket, rows in enumerate(self._sample):
                 self.statistics.rows[bucket] += rows.numel()
                 self.statistics.row_tokens[bucket] += (rows + 1).sum()
@@ -147,11 +163,15 @@ class Collector:
     def _choose_rows(self, num_rows: int) -> list[Tensor]:
         """Positions of the rows that feed each bucket: evenly spread, with a random offset."""
         sample = []
-        for low, high in zip(self.statistics.edges[:-1].tolist(), self.statistics.edges[1:].tolist(), strict=True):
+        for low, high in zip(
+            self.statistics.edges[:-1].tolist(), self.statistics.edges[1:].tolist(), strict=True
+        ):
             high = min(high, num_rows)
             wanted = min(_ROWS_PER_BUCKET, max(0, high - low))
             jitter = torch.rand(wanted, generator=self._generator, dtype=torch.float64)
-            sample.append(low + ((torch.arange(wanted) + jitter) * ((high - low) / max(1, wanted))).long())
+            sample.append(
+                low + ((torch.arange(wanted) + jitter) * ((high - low) / max(1, wanted))).long()
+            )
         return sample
 
     def _attend(self, call: AttentionCall) -> Tensor:
@@ -172,7 +192,8 @@ class Collector:
 
     def _set_range(self, call: AttentionCall) -> None:
         """Fix the histogram's range by some rows of the first document, with a margin."""
-        rows = torch.linspace(0, call.num_rows - 1, min(_RANGE_ROWS, call.num_rows)).long().unique()
+        rows = torch.linspace(0, call.num_rows - 1, min(_RANGE_ROWS, call.num_rows)).long()
+        rows = torch.unique_consecutive(rows)
         scores = call.scores(rows.to(call.query.device)).double().flatten(1)
         visible = scores > -math.inf
         low = scores.masked_fill(~visible, math.inf).amin(-1)
@@ -185,7 +206,10 @@ class Collector:
         first_key = 0 if call.window is None else max(0, int(rows[0]) + 1 - call.window)
         scores = call.scores(rows, first_key).float()
         weights = reference.attention_weights(
-            scores, torch.ones((), dtype=torch.bool, device=scores.device), group_size=None, sinks=call.sinks
+            scores,
+            torch.ones((), dtype=torch.bool, device=scores.device),
+            group_size=None,
+            sinks=call.sinks,
         )
         low = self.statistics.low[call.layer].to(scores)
         width = self.statistics.width[call.layer].to(scores)
@@ -197,6 +221,9 @@ class Collector:
         size = call.num_heads * (NUM_BINS + 1)
         for total, added in (
             (self.statistics.count, torch.bincount(bins.flatten(), minlength=size)),
-            (self.statistics.mass, torch.bincount(bins.flatten(), weights.flatten(), minlength=size)),
+            (
+                self.statistics.mass,
+                torch.bincount(bins.flatten(), weights.flatten(), minlength=size),
+            ),
         ):
             total[call.layer, :, bucket] += added.view(call.num_heads, -1)[:, :-1].cpu()

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 _CODE_MODULES = (
-    "argparse", "ast", "asyncio/base_events", "asyncio/tasks", "calendar", "codecs", "collections/__init__",
-    "concurrent/futures/thread", "configparser", "contextlib", "csv", "dataclasses", "datetime", "decimal",
-    "difflib", "dis", "doctest", "email/message", "enum", "fractions", "functools", "heapq", "http/client",
-    "http/server", "inspect", "ipaddress", "json/decoder", "logging/__init__", "mailbox", "optparse", "pathlib",
-    "pickle", "random", "shutil", "socketserver", "statistics", "string", "subprocess", "tarfile", "tempfile",
-    "textwrap", "threading", "tokenize", "traceback", "typing", "unittest/case", "unittest/mock", "urllib/parse",
-    "urllib/request", "uuid", "weakref", "xml/etree/ElementTree", "zipfile",
+    "argparse", "ast", "asyncio/base_events", "asyncio/tasks", "calendar", "codecs",
+    "collections/__init__", "concurrent/futures/thread", "configparser", "contextlib", "csv",
+    "dataclasses", "datetime", "decimal", "difflib", "dis", "doctest", "email/message", "enum",
+    "fractions", "functools", "heapq", "http/client", "http/server", "inspect", "ipaddress",
+    "json/decoder", "logging/__init__", "mailbox", "optparse", "pathlib", "pickle", "random",
+    "shutil", "socketserver", "statistics", "string", "subprocess", "tarfile", "tempfile",
+    "textwrap", "threading", "tokenize", "traceback", "typing", "unittest/case",
+    "unittest/mock", "urllib/parse", "urllib/request", "uuid", "weakref",
+    "xml/etree/ElementTree", "zipfile",
 )  # fmt: skip
 
 
@@ -30,11 +32,13 @@ class Corpus:
         description: for the table's provenance; holds no paths.
         streams: independent sources that take turns, each a stream of text.
         shares: relative number of documents each source contributes.
+        files: names of the files, without folders; empty for the default corpus.
     """
 
     description: str
     streams: Sequence[str]
     shares: Sequence[int]
+    files: Sequence[str] = ()
 
     @classmethod
     def from_files(cls, paths: Sequence[Path]) -> "Corpus":
@@ -50,11 +54,14 @@ class Corpus:
                 texts.append(path.read_text(encoding="utf-8"))
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-        return cls("files: " + ", ".join(path.name for path in paths), texts, [1] * len(texts))
+        names = [path.name for path in paths]
+        return cls("files: " + ", ".join(names), texts, [1] * len(texts), names)
 
     @classmethod
     def default(cls) -> "Corpus":
-        """English prose and code out of the running Python's own standard library; nothing is downloaded."""
+        """English prose and code out of the running Python's own standard library; nothing is
+        downloaded.
+        """
         version = ".".join(str(part) for part in sys.version_info[:3])
         return cls(
             f"pydoc_data.topics (prose) and standard library sources (code) of CPython {version}",
@@ -66,7 +73,8 @@ class Corpus:
         """Cut the text into documents.
 
         Args:
-            tokenizer: a transformers tokenizer; where it puts a first token before a text, documents get one.
+            tokenizer: a transformers tokenizer; where it puts a first token before a text,
+                documents get one.
             length: tokens per document.
             num_tokens: tokens altogether, rounded up to whole documents.
 
@@ -77,9 +85,12 @@ class Corpus:
             ValueError: the text is too short for a single document.
         """
         streams = [_cut(tokenizer, text, length) for text in self.streams]
-        turns = itertools.chain.from_iterable([stream] * share for stream, share in zip(streams, self.shares, strict=True))
+        turns = itertools.chain.from_iterable(
+            [stream] * share for stream, share in zip(streams, self.shares, strict=True)
+        )
         wanted = max(1, -(-num_tokens // length))
-        produced, exhausted = 0, set()
+        produced = 0
+        exhausted: set[int] = set()
         for stream in itertools.cycle(list(turns)):
             if produced == wanted or len(exhausted) == len(streams):
                 break
@@ -90,17 +101,23 @@ class Corpus:
             produced += 1
             yield document
         if not produced:
-            raise ValueError(f"the text is shorter than one document of {length} tokens; give more text or a smaller --length")
+            raise ValueError(
+                f"the text is shorter than one document of {length} tokens; give more text or a "
+                "smaller --length"
+            )
 
 
 def _cut(tokenizer: Any, text: str, length: int) -> Iterator[Tensor]:
     prefix = [token for token in tokenizer("a").input_ids[:1] if token == tokenizer.bos_token_id]
     body = length - len(prefix)
     ids: list[int] = []
-    # Tokenising piecewise keeps the time before the first document short; 2^16 characters always end within a word's
+    # Tokenising piecewise keeps the time before the first document short; 2^16 characters always
+    # end within a word's
     # reach of a boundary that does not matter.
     for start in range(0, len(text), 1 << 16):
-        ids += tokenizer(text[start : start + (1 << 16)], add_special_tokens=False, verbose=False).input_ids
+        ids += tokenizer(
+            text[start : start + (1 << 16)], add_special_tokens=False, verbose=False
+        ).input_ids
         while len(ids) >= body:
             yield torch.tensor(prefix + ids[:body])
             ids = ids[body:]

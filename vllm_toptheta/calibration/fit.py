@@ -1,7 +1,8 @@
 """Score statistics in, thresholds out; pure arithmetic.
 
-A level's k is divided among heads so that the least probability mass is lost: every head's loss as a function of its
-budget is known, and one Lagrange multiplier over the convex hulls of those curves solves it.
+A level's k is divided among heads so that the least probability mass is lost: every head's loss as
+a function of its budget is known, and one Lagrange multiplier over the convex hulls of those curves
+solves it.
 """
 
 import math
@@ -16,7 +17,9 @@ from vllm_toptheta.thresholds import KEEP_ALL
 
 LEVELS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 _LONGEST_SHARE = 0.5
-"""A head's budget stays below this share of the longest row, so that the last knot always has a measured theta."""
+"""A head's budget stays below this share of the longest row, so that the last knot always has a
+measured theta.
+"""
 _BUDGETS_PER_OCTAVE = 4
 _SMALLEST_BUDGET = 2.0
 _SLOPE_OCTAVES = 1.5
@@ -40,7 +43,8 @@ class _Curves:
     """Kept keys and mass as functions of the threshold, from the highest bin's upper edge down.
 
     Attributes:
-        count: [num_layers, num_heads, num_buckets, num_bins + 1], keys of a row above the edge, mean over rows.
+        count: [num_layers, num_heads, num_buckets, num_bins + 1], keys of a row above the edge,
+            mean over rows.
         mass: the same shape, their probability.
         top: [num_layers, num_heads], the highest edge.
         width: [num_layers, num_heads], distance of edges.
@@ -63,7 +67,8 @@ def fit(
 
     Args:
         statistics: what `collect` gathered.
-        allocation: "lost_mass" divides a level's k among heads; "uniform" gives every head the level's k.
+        allocation: "lost_mass" divides a level's k among heads; "uniform" gives every head the
+            level's k.
         levels: mean k's to fit; those that the documents were too short for are left out.
 
     Raises:
@@ -74,12 +79,15 @@ def fit(
     usable = [level for level in levels if level <= float(cap.mean()) * 0.9]
     if not usable:
         raise ValueError(
-            f"no k fits documents whose rows have at most {float(curves.lengths[-1]):.0f} tokens; give a larger --length"
+            f"no k fits documents whose rows have at most {float(curves.lengths[-1]):.0f} tokens; "
+            "give a larger --length"
         )
     if allocation == "lost_mass":
         head_k = allocate(*_loss_curves(curves, cap), torch.tensor(usable, dtype=torch.float64))
     else:
-        head_k = torch.tensor(usable, dtype=torch.float64)[:, None, None].expand(-1, *cap.shape).clone()
+        head_k = (
+            torch.tensor(usable, dtype=torch.float64)[:, None, None].expand(-1, *cap.shape).clone()
+        )
     theta, lost = _invert(curves, head_k)
     theta = _smooth(theta)
     slope = _slopes(theta, curves.lengths, statistics.windows)
@@ -101,12 +109,13 @@ def allocate(budgets: Tensor, losses: Tensor, levels: Tensor) -> Tensor:
 
     Args:
         budgets: [num_budgets] ascending.
-        losses: [num_layers, num_heads, num_budgets], loss of a head at a budget; repeat the last value where a head
-            cannot use more.
+        losses: [num_layers, num_heads, num_budgets], loss of a head at a budget; repeat the last
+            value where a head cannot use more.
         levels: [num_levels] mean budgets.
 
     Returns:
-        [num_levels, num_layers, num_heads]; grows with the level, its mean is the level unless no head gains from more.
+        [num_levels, num_layers, num_heads]; grows with the level, its mean is the level unless no
+        head gains from more.
     """
     num_layers, num_heads, _ = losses.shape
     gains = _hull_gains(budgets, losses.flatten(0, 1))
@@ -124,7 +133,9 @@ def allocate(budgets: Tensor, losses: Tensor, levels: Tensor) -> Tensor:
 
 
 def _hull_gains(budgets: Tensor, losses: Tensor) -> Tensor:
-    """Loss saved per key on every segment of a curve's lower convex hull, [num_curves, num_budgets - 1], falling."""
+    """Loss saved per key on every segment of a curve's lower convex hull, [num_curves, num_budgets
+    - 1], falling.
+    """
     budget = budgets.tolist()
     rows = []
     for loss in losses.tolist():
@@ -132,7 +143,9 @@ def _hull_gains(budgets: Tensor, losses: Tensor) -> Tensor:
         for point in range(1, len(budget)):
             while len(hull) > 1:
                 a, b = hull[-2], hull[-1]
-                if (loss[b] - loss[a]) * (budget[point] - budget[b]) < (loss[point] - loss[b]) * (budget[b] - budget[a]):
+                if (loss[b] - loss[a]) * (budget[point] - budget[b]) < (loss[point] - loss[b]) * (
+                    budget[b] - budget[a]
+                ):
                     break
                 hull.pop()
             hull.append(point)
@@ -166,7 +179,10 @@ def _curves(statistics: ScoreStatistics) -> _Curves:
 def _budget_caps(statistics: ScoreStatistics, curves: _Curves) -> Tensor:
     """[num_layers, num_heads], the largest budget a head can use."""
     longest = float(curves.lengths[-1])
-    caps = [longest * _LONGEST_SHARE if window is None else min(window, longest * _LONGEST_SHARE) for window in statistics.windows]
+    caps = [
+        longest * _LONGEST_SHARE if window is None else min(window, longest * _LONGEST_SHARE)
+        for window in statistics.windows
+    ]
     return torch.tensor(caps, dtype=torch.float64)[:, None].expand_as(curves.top)
 
 
@@ -177,14 +193,20 @@ def _allocation_weights(curves: _Curves) -> Tensor:
 
 
 def _loss_curves(curves: _Curves, cap: Tensor) -> tuple[Tensor, Tensor]:
-    """Budgets [num_budgets] and every head's lost mass there, [num_layers, num_heads, num_budgets]."""
+    """Budgets [num_budgets] and every head's lost mass there, [num_layers, num_heads,
+    num_budgets].
+    """
     steps = math.ceil(math.log2(float(cap.max()) / _SMALLEST_BUDGET) * _BUDGETS_PER_OCTAVE)
     budgets = _SMALLEST_BUDGET * (float(cap.max()) / _SMALLEST_BUDGET) ** (
         torch.arange(steps + 1, dtype=torch.float64) / steps
     )
     weight = _allocation_weights(curves)
     losses = torch.stack(
-        [(_invert(curves, torch.minimum(budget, cap)[None])[1][0] * weight).sum(-1) for budget in budgets], dim=-1
+        [
+            (_invert(curves, torch.minimum(budget, cap)[None])[1][0] * weight).sum(-1)
+            for budget in budgets
+        ],
+        dim=-1,
     )
     return budgets, losses
 
@@ -197,7 +219,8 @@ def _invert(curves: _Curves, head_k: Tensor) -> tuple[Tensor, Tensor]:
         head_k: [num_levels, num_layers, num_heads].
 
     Returns:
-        Two [num_levels, num_layers, num_heads, num_buckets]; KEEP_ALL and 0 where rows are no longer than head_k.
+        Two [num_levels, num_layers, num_heads, num_buckets]; KEEP_ALL and 0 where rows are no
+        longer than head_k.
     """
     thetas, losses = [], []
     for budget in head_k:
@@ -205,7 +228,9 @@ def _invert(curves: _Curves, head_k: Tensor) -> tuple[Tensor, Tensor]:
         upper = torch.searchsorted(curves.count, wanted).clamp(1, curves.count.shape[-1] - 1)
         below, above = curves.count.gather(-1, upper - 1), curves.count.gather(-1, upper)
         part = ((wanted - below) / (above - below).clamp(min=1e-12)).clamp(0, 1)
-        mass = torch.lerp(curves.mass.gather(-1, upper - 1), curves.mass.gather(-1, upper), part).squeeze(-1)
+        mass = torch.lerp(
+            curves.mass.gather(-1, upper - 1), curves.mass.gather(-1, upper), part
+        ).squeeze(-1)
         theta = curves.top[..., None] - (upper - 1 + part).squeeze(-1) * curves.width[..., None]
         everything = curves.count[..., -1] <= budget[..., None]
         thetas.append(theta.masked_fill(everything, KEEP_ALL))
@@ -224,7 +249,8 @@ def _smooth(theta: Tensor) -> Tensor:
 
 
 def _slopes(theta: Tensor, lengths: Tensor, windows: list[int | None]) -> Tensor:
-    """Least-squares change of theta per doubling of the length over the longest rows; 0 behind a window.
+    """Least-squares change of theta per doubling of the length over the longest rows; 0 behind a
+    window.
 
     Args:
         theta: [num_levels, num_layers, num_heads, num_buckets].
@@ -242,7 +268,9 @@ def _slopes(theta: Tensor, lengths: Tensor, windows: list[int | None]) -> Tensor
     measured = theta.masked_fill(~tail, 0.0)
     mean_theta = measured.sum(-1, keepdim=True) / total
     deviation = (position - mean_position) * weight
-    slope = (deviation * (measured - mean_theta)).sum(-1) / (deviation * deviation).sum(-1).clamp(min=1e-9)
+    slope = (deviation * (measured - mean_theta)).sum(-1) / (deviation * deviation).sum(-1).clamp(
+        min=1e-9
+    )
     # Few knots say little about a trend.
     slope = slope.masked_fill(weight.sum(-1) < min(BUCKETS_PER_OCTAVE, 3), 0.0)
     for layer, window in enumerate(windows):

@@ -14,6 +14,9 @@ namespace topt {
 constexpr int kMaxTileHeads = 4;
 constexpr int kChunkBytes = 8192;  // what one pass over a page part touches: stays in L1 beside its successor
 
+// With twelve accumulators there are no registers for loads that GCC moves ahead.
+TOPT_INLINE void keep_order() { asm volatile("" ::: "memory"); }
+
 // Adds q.k of `num_dims` dimensions to the scores of 16 * NT tokens and GT heads.
 // k: [num_dims][k_stride]; q: [num_dims][GT]; s: [GT][s_stride]. Returns the advanced prefetch pointer.
 template <class T, int GT, int NT, bool PREFETCH>
@@ -22,6 +25,7 @@ TOPT_TILE const char* score_tile(const T* __restrict k, int k_stride, const floa
   __m256 acc[GT][2 * NT];
   TOPT_UNROLL for (int g = 0; g < GT; g++) TOPT_UNROLL for (int i = 0; i < 2 * NT; i++)
       acc[g][i] = first ? _mm256_setzero_ps() : _mm256_load_ps(s + g * s_stride + 8 * i);
+  constexpr bool kTight = GT * NT > 4;
   constexpr int kLines = NT * 16 * sizeof(T) * 2 / 64;  // cache lines in two dimensions
   for (int d = 0; d < num_dims; d += 2) {
     if (PREFETCH) {
@@ -37,6 +41,7 @@ TOPT_TILE const char* score_tile(const T* __restrict k, int k_stride, const floa
           acc[g][2 * i] = _mm256_fmadd_ps(x, qv, acc[g][2 * i]);
           acc[g][2 * i + 1] = _mm256_fmadd_ps(y, qv, acc[g][2 * i + 1]);
         }
+        if (kTight) keep_order();
       }
       k += k_stride;
       q += GT;
@@ -72,6 +77,7 @@ TOPT_TILE const char* value_tile(const T* __restrict v, int head_dim, int num_ro
   __m256 sum[GT][2 * NC];
   TOPT_UNROLL for (int g = 0; g < GT; g++) TOPT_UNROLL for (int i = 0; i < 2 * NC; i++)
       sum[g][i] = _mm256_load_ps(acc + g * head_dim + 8 * i);
+  constexpr bool kTight = GT * NC > 4;
   constexpr int kLines = NC * 16 * sizeof(T) * 2 / 64;  // cache lines in two rows
   for (int t = 0; t < num_rows; t++) {
     if (PREFETCH && !(t & 1)) {
@@ -86,6 +92,7 @@ TOPT_TILE const char* value_tile(const T* __restrict v, int head_dim, int num_ro
         sum[g][2 * i] = _mm256_fmadd_ps(x, pv, sum[g][2 * i]);
         sum[g][2 * i + 1] = _mm256_fmadd_ps(y, pv, sum[g][2 * i + 1]);
       }
+      if (kTight) keep_order();
     }
     v += head_dim;
     p++;

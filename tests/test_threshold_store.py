@@ -1,0 +1,126 @@
+"""The store: tables are found by the identity inside them, and errors say where was looked and what
+to type next.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+from threshold_fixtures import FakeConfig, make_identity, make_table
+
+from vllm_toptheta.model_identity import ModelIdentity
+from vllm_toptheta.threshold_store import ThresholdStore, folder_name
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ThresholdStore:
+    return ThresholdStore(shipped_dir=tmp_path / "shipped", user_dir=tmp_path / "user")
+
+
+def test_auto_goes_by_identity_not_by_name(store: ThresholdStore) -> None:
+    make_table(make_identity(vocab_size=7)).save(
+        store.user_dir / "org--model" / "table.safetensors"
+    )
+    path = store.shipped_dir / "someone--else" / "anything.safetensors"  # type: ignore[operator]
+    make_table().save(path)
+    assert store.find("auto", make_identity("/another/path")).path == path
+
+
+def test_auto_prefers_the_users_newest(store: ThresholdStore) -> None:
+    old, new = (store.path_for(make_identity(), stem) for stem in ("a", "b"))
+    for path in (new, old, store.shipped_dir / "x" / "c.safetensors"):  # type: ignore[operator]
+        make_table().save(path)
+    os.utime(old, (1, 1))
+    assert store.find("auto", make_identity()).path == new
+
+
+def test_auto_without_a_table_says_where_and_what_next(store: ThresholdStore) -> None:
+    make_table(make_identity(vocab_size=7)).save(store.path_for(make_identity("org/foreign"), "a"))
+    with pytest.raises(FileNotFoundError) as caught:
+        store.find("auto", make_identity())
+    message = str(caught.value)
+    for part in (
+        str(store.user_dir),
+        str(store.shipped_dir),
+        "toptheta calibrate org/model",
+        "org--foreign",
+    ):
+        assert part in message
+
+
+def test_broken_file_of_another_model_does_not_stop_auto(store: ThresholdStore) -> None:
+    make_table().save(store.path_for(make_identity(), "good"))
+    (store.user_dir / "broken").mkdir()
+    (store.user_dir / "broken" / "x.safetensors").write_bytes(b"x")
+    assert store.find("auto", make_identity()).path.stem == "good"
+
+
+def test_explicit_path(store: ThresholdStore, tmp_path: Path) -> None:
+    path = tmp_path / "mine.safetensors"
+    make_table().save(path)
+    assert store.find(str(path), make_identity()).path == path
+    with pytest.raises(ValueError, match="vocab_size: got 100, expected 7"):
+        store.find(str(path), make_identity(vocab_size=7))
+
+
+@pytest.mark.parametrize("spec", ["org--model", "org/model"])
+def test_name(store: ThresholdStore, spec: str) -> None:
+    path = store.shipped_dir / "org--model" / "a.safetensors"  # type: ignore[operator]
+    make_table().save(path)
+    assert store.find(spec, make_identity()).path == path
+    with pytest.raises(ValueError, match="vocab_size: got 100, expected 7"):
+        store.find(spec, make_identity(vocab_size=7))
+
+
+def test_unknown_name(store: ThresholdStore) -> None:
+    with pytest.raises(FileNotFoundError, match="asked for 'org--none'"):
+        store.find("org--none", make_identity())
+
+
+def test_user_folder_follows_the_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TOPTHETA_HOME", str(tmp_path))
+    assert ThresholdStore().user_dir == tmp_path / "thresholds"
+
+
+def test_folder_name() -> None:
+    assert folder_name("org/model") == "org--model"
+    assert folder_name("/data/org/model/") == "org--model"
+    assert folder_name("") == "unnamed"
+
+
+def test_identity_ignores_path_dtype_and_spelling() -> None:
+    plain = make_identity("a")
+    spelled = FakeConfig(
+        _name_or_path="/x",
+        dtype="bfloat16",
+        head_dim=16,
+        rope_parameters=None,
+        rope_scaling={"type": "default"},
+        rope_theta=10000,
+        sliding_window=None,
+    )
+    assert plain.matches(ModelIdentity.from_config(spelled))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_key_value_heads": 4},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        {"sliding_window": 128},
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        {"eos_token_id": 3},
+        {"attn_logit_softcapping": 50.0},
+    ],
+)
+def test_identity_notices(fields: dict[str, object]) -> None:
+    other = make_identity(**fields)
+    assert not make_identity().matches(other)
+    assert make_identity().differences(other)
+
+
+def test_identity_refuses_heads_that_differ_by_layer() -> None:
+    with pytest.raises(ValueError, match="num_attention_heads is \\[4, 2\\]"):
+        make_identity(num_attention_heads=[4, 2])

@@ -1,0 +1,332 @@
+"""CPU implementations: the paged cache and a step's queries in, attention outputs and counts out.
+
+`native` runs the C++ library over ctypes; `torch` is the same mathematics in plain PyTorch for machines without it.
+Arguments arrive validated from api.py.
+"""
+
+import ctypes
+import functools
+import mmap
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vllm_toptheta.kernels.build_native import LIBRARY_NAME
+
+if TYPE_CHECKING:
+    from vllm_toptheta.kernels.api import PageLayout
+
+_MADV_COLLAPSE = 25  # not in the mmap module of Python 3.11
+_ABI_VERSION = 1
+_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_BLOCK_OUT_OF_RANGE = 2
+_STATUS = {
+    1: "unsupported dtype",
+    _BLOCK_OUT_OF_RANGE: "a block table entry or slot lies outside the KV cache",
+    3: "out of memory",
+}
+
+
+class _DecodeArgs(ctypes.Structure):
+    """Mirror of ToptDecodeArgs in native/kernel_args.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("query", "kv_cache", "block_table", "seq_lens")),
+        *((name, ctypes.c_void_p) for name in ("theta", "dense", "sinks")),
+        *((name, ctypes.c_void_p) for name in ("out", "num_kept", "v_rows_read")),
+        *((name, ctypes.c_int64) for name in ("query_stride", "out_stride", "block_stride")),
+        *((name, ctypes.c_int64) for name in ("head_stride", "block_table_stride")),
+        *((name, ctypes.c_int64) for name in ("theta_stride", "num_blocks")),
+        *((name, ctypes.c_int32) for name in ("num_seqs", "num_heads", "num_kv_heads")),
+        *((name, ctypes.c_int32) for name in ("head_dim", "block_size", "group_size")),
+        *((name, ctypes.c_int32) for name in ("compensation", "window", "dtype")),
+        *((name, ctypes.c_int32) for name in ("num_splits", "num_threads")),
+        *((name, ctypes.c_float) for name in ("sm_scale", "soft_cap")),
+    )
+
+
+class _MeansArgs(ctypes.Structure):
+    """Mirror of ToptMeansArgs in native/kernel_args.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("kv_cache", "slot_mapping")),
+        *((name, ctypes.c_int64) for name in ("num_tokens", "num_blocks")),
+        *((name, ctypes.c_int64) for name in ("block_stride", "head_stride")),
+        *((name, ctypes.c_int32) for name in ("num_kv_heads", "head_dim", "block_size")),
+        *((name, ctypes.c_int32) for name in ("group_size", "dtype")),
+    )
+
+
+@dataclass(frozen=True)
+class NativeLibrary:
+    """The loaded library, or the reason why there is none.
+
+    Attributes:
+        library: the ctypes handle; None when unavailable.
+        reason: why it is unavailable; None when it is loaded.
+    """
+
+    library: ctypes.CDLL | None
+    reason: str | None
+
+
+@functools.cache
+def load_native() -> NativeLibrary:
+    """Load the native library once per process.
+
+    torch is imported before this runs, so that the library binds to torch's OpenMP runtime and shares its threads.
+    """
+    path = Path(__file__).resolve().parent / LIBRARY_NAME
+    if not path.exists():
+        if platform.machine() not in ("x86_64", "AMD64"):
+            return NativeLibrary(None, f"native kernels need x86-64, not {platform.machine()}")
+        hint = "build it with: python -m vllm_toptheta.kernels.build_native"
+        return NativeLibrary(None, f"{path} does not exist; {hint}")
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return NativeLibrary(None, f"{path} cannot be loaded: {error}")
+    library.topt_abi_version.restype = ctypes.c_int32
+    library.topt_cpu_supported.restype = ctypes.c_int32
+    for function in (library.topt_decode, library.topt_update_v_means):
+        function.restype = ctypes.c_int32
+        function.argtypes = [ctypes.c_void_p]
+    found = library.topt_abi_version()
+    if found != _ABI_VERSION:
+        hint = "rebuild it with: python -m vllm_toptheta.kernels.build_native"
+        return NativeLibrary(None, f"{path} has ABI {found}, expected {_ABI_VERSION}; {hint}")
+    if not library.topt_cpu_supported():
+        return NativeLibrary(None, "this CPU lacks AVX2, FMA or F16C, which native kernels need")
+    return NativeLibrary(library, None)
+
+
+def _native() -> ctypes.CDLL:
+    native = load_native()
+    if native.library is None:
+        raise RuntimeError(f'impl="native" is not available: {native.reason}')
+    return native.library
+
+
+def _check_status(status: int) -> None:
+    if status == _BLOCK_OUT_OF_RANGE:
+        raise ValueError(_STATUS[status])
+    if status:
+        raise RuntimeError(f"native kernel failed: {_STATUS.get(status, status)}")
+
+
+def update_v_means_native(kv_cache: Tensor, layout: "PageLayout", slot_mapping: Tensor) -> None:
+    """`api.update_v_means` in C++."""
+    args = _MeansArgs(
+        kv_cache.data_ptr(),
+        slot_mapping.data_ptr(),
+        slot_mapping.shape[0],
+        kv_cache.shape[0],
+        kv_cache.stride(0),
+        kv_cache.stride(1),
+        kv_cache.shape[1],
+        layout.head_dim,
+        layout.block_size,
+        layout.group_size,
+        _DTYPES[kv_cache.dtype],
+    )
+    _check_status(_native().topt_update_v_means(ctypes.byref(args)))
+
+
+def decode_attention_native(
+    query: Tensor,
+    kv_cache: Tensor,
+    layout: "PageLayout",
+    block_table: Tensor,
+    seq_lens: Tensor,
+    theta: Tensor,
+    *,
+    sm_scale: float,
+    dense: Tensor,
+    compensation: bool,
+    window: int | None,
+    soft_cap: float | None,
+    sinks: Tensor | None,
+    out: Tensor,
+    num_kept: Tensor,
+    v_rows_read: Tensor,
+    num_splits: int | None = None,
+    num_threads: int | None = None,
+) -> None:
+    """`api.decode_attention` in C++.
+
+    Args:
+        query: see api.py, as all arguments but these two.
+        num_splits: parts a row is cut into; None lets the kernel choose. Outputs differ by rounding only.
+        num_threads: None for as many as torch uses.
+    """
+    args = _DecodeArgs(
+        query.data_ptr(),
+        kv_cache.data_ptr(),
+        block_table.data_ptr(),
+        seq_lens.data_ptr(),
+        theta.data_ptr(),
+        dense.data_ptr(),
+        None if sinks is None else sinks.data_ptr(),
+        out.data_ptr(),
+        num_kept.data_ptr(),
+        v_rows_read.data_ptr(),
+        query.stride(0),
+        out.stride(0),
+        kv_cache.stride(0),
+        kv_cache.stride(1),
+        block_table.stride(0),
+        theta.stride(0),
+        kv_cache.shape[0],
+        query.shape[0],
+        query.shape[1],
+        kv_cache.shape[1],
+        layout.head_dim,
+        layout.block_size,
+        layout.group_size,
+        compensation,
+        window or 0,
+        _DTYPES[kv_cache.dtype],
+        num_splits or 0,
+        num_threads or 0,
+        sm_scale,
+        soft_cap or 0.0,
+    )
+    _check_status(_native().topt_decode(ctypes.byref(args)))
+
+
+def update_v_means_torch(kv_cache: Tensor, layout: "PageLayout", slot_mapping: Tensor) -> None:
+    """`api.update_v_means` in PyTorch."""
+    block_size, group_size = layout.block_size, layout.group_size
+    last = slot_mapping[(slot_mapping >= 0) & ((slot_mapping + 1) % group_size == 0)]
+    if last.numel() == 0:
+        return
+    if int(last.max()) >= kv_cache.shape[0] * block_size:
+        raise ValueError(_STATUS[_BLOCK_OUT_OF_RANGE])
+    views = layout.views(kv_cache)
+    groups = views.value_cache.unflatten(2, (-1, group_size))
+    block, group = last // block_size, last % block_size // group_size
+    # Two indices around a slice: the result is [num_groups, num_kv_heads, group_size, head_dim].
+    means = groups[block, :, group].float().mean(-2)
+    views.v_means[block, :, group] = means.to(kv_cache.dtype)
+
+
+def decode_attention_torch(
+    query: Tensor,
+    kv_cache: Tensor,
+    layout: "PageLayout",
+    block_table: Tensor,
+    seq_lens: Tensor,
+    theta: Tensor,
+    *,
+    sm_scale: float,
+    dense: Tensor,
+    compensation: bool,
+    window: int | None,
+    soft_cap: float | None,
+    sinks: Tensor | None,
+    out: Tensor,
+    num_kept: Tensor,
+    v_rows_read: Tensor,
+) -> None:
+    """`api.decode_attention` in PyTorch, in float32, one row of the batch at a time.
+
+    It spreads a group's lost mass over the V rows themselves, so it does not read the stored means.
+    """
+    num_kv_heads, block_size = kv_cache.shape[1], layout.block_size
+    views = layout.views(kv_cache)
+    lens = seq_lens.tolist()
+    for seq, end in enumerate(lens):
+        if end <= 0:
+            out[seq].zero_()
+            num_kept[seq].zero_()
+            v_rows_read[seq].zero_()
+            continue
+        begin = max(end - window, 0) if window else 0
+        first = begin // block_size
+        blocks = block_table[seq, first : (end + block_size - 1) // block_size].long()
+        if int(blocks.min()) < 0 or int(blocks.max()) >= kv_cache.shape[0]:
+            raise ValueError(_STATUS[_BLOCK_OUT_OF_RANGE])
+        visible = slice(begin - first * block_size, end - first * block_size)
+        # Only visible slots are touched: the others may hold anything, NaN included.
+        key = views.key_cache[blocks].permute(1, 2, 0, 3).flatten(2)[..., visible].float()
+        value = views.value_cache[blocks].transpose(0, 1).flatten(1, 2)[:, visible].float()
+        grouped = query[seq].float().unflatten(0, (num_kv_heads, -1))
+        scores = (grouped @ key) * sm_scale
+        if soft_cap:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
+        row_theta = None if dense[seq] else theta[seq].view(num_kv_heads, -1)
+        weights, kept = _weights(scores, row_theta, sinks, layout.group_size, begin, compensation)
+        out[seq] = (weights @ value).flatten(0, 1).to(out.dtype)
+        num_kept[seq] = kept.sum(-1).flatten().int()
+        v_rows_read[seq] = kept.any(1).sum(-1).int()
+
+
+def _weights(
+    scores: Tensor,
+    theta: Tensor | None,
+    sinks: Tensor | None,
+    group_size: int,
+    first_position: int,
+    compensation: bool,
+) -> tuple[Tensor, Tensor]:
+    """Weights on the visible V rows and the kept mask.
+
+    Args:
+        scores: [num_kv_heads, group, num_visible].
+        theta: [num_kv_heads, group]; None keeps everything.
+        sinks: [num_heads] or None.
+        group_size: tokens per compensation group, aligned to absolute positions.
+        first_position: position of the first visible key.
+        compensation: whether the lost mass is spread over its group.
+
+    Returns:
+        Weights and kept mask, both [num_kv_heads, group, num_visible].
+    """
+    if sinks is None:
+        probs = torch.softmax(scores, dim=-1)
+    else:
+        logits = torch.cat([scores, sinks.view(*scores.shape[:2], 1)], dim=-1)
+        probs = torch.softmax(logits, dim=-1)[..., :-1]
+    if theta is None:
+        return probs, torch.ones_like(scores, dtype=torch.bool)
+    kept = (scores >= theta[..., None]).scatter_(-1, scores.argmax(-1, keepdim=True), True)
+    weights = probs * kept
+    if not compensation:
+        return weights, kept
+    group = (first_position + torch.arange(scores.shape[-1])) // group_size
+    group -= first_position // group_size
+    lost = probs.new_zeros(*scores.shape[:2], int(group[-1]) + 1)
+    lost.index_add_(-1, group, probs - weights)
+    return weights + (lost / torch.bincount(group))[..., group], kept
+
+
+def advise_huge_pages(tensor: Tensor) -> bool:
+    """Ask the kernel to back a large tensor with huge pages; worth about 10% on long contexts.
+
+    Pages that are already in use are collapsed at once where the kernel can do that (Linux 6.1).
+
+    Args:
+        tensor: the whole KV cache of a layer, any shape, on the CPU.
+
+    Returns:
+        Whether the advice was taken; a refusal is harmless.
+    """
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)
+    if advice is None or tensor.device.type != "cpu":
+        return False
+    storage = tensor.untyped_storage()
+    huge = 2 << 20
+    begin = (storage.data_ptr() + huge - 1) // huge * huge
+    end = (storage.data_ptr() + storage.nbytes()) // huge * huge
+    if end <= begin:
+        return False
+    madvise = ctypes.CDLL(None, use_errno=True).madvise
+    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    taken = bool(madvise(begin, end - begin, advice) == 0)
+    if taken:
+        madvise(begin, end - begin, _MADV_COLLAPSE)
+    return taken
