@@ -106,8 +106,7 @@ def check_tables() -> Finding:
     """There are threshold tables."""
     from vllm_toptheta.threshold_store import ThresholdStore
 
-    store = ThresholdStore()
-    tables = [path for path, _ in store.tables()]
+    tables = ThresholdStore().tables()
     if not tables:
         return Finding("warn", "no threshold tables: make one with `toptheta calibrate MODEL`")
     return Finding("ok", "threshold tables: " + ", ".join(str(path) for path in tables))

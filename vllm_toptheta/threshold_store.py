@@ -80,6 +80,10 @@ class ThresholdStore:
             raise ValueError(message)
         raise FileNotFoundError(message)
 
+    def tables(self) -> list[Path]:
+        """All files of the store, the user's first."""
+        return list(self._candidates(None))
+
     def _candidates(self, folder: str | None) -> Iterator[Path]:
         """Files of all models or of one folder: the user's, newest first, then the shipped ones by
         name.

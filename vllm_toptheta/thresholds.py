@@ -165,8 +165,8 @@ class ThresholdTable:
         if not lowest <= k <= highest:
             raise ValueError(
                 f"k = {k:g} is outside the table's range [{lowest:g}, {highest:g}] of "
-                f"{self.metadata.identity.name or 'the model'}; choose a k inside it, or calibrate on "
-                "longer documents (toptheta calibrate MODEL --length N)"
+                f"{self.metadata.identity.name or 'the model'}; choose a k inside it, or calibrate "
+                "on longer documents (toptheta calibrate MODEL --length N)"
             )
         upper = int(torch.searchsorted(self.levels, float(k)))
         if float(self.levels[upper]) == k:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
-from vllm_toptheta.kernels import reference
+from vllm_toptheta.kernels.reference import attention_scores, attention_weights, weighted_values
 
 _NAME = "toptheta"
 _CHUNK_ELEMENTS = 1 << 19
@@ -65,7 +65,7 @@ class AttentionCall:
             [num_heads, n, num_keys], -inf where hidden.
         """
         end = int(rows[-1]) + 1
-        return reference.attention_scores(
+        return attention_scores(
             self.query[rows],
             self.key[first_key:end],
             rows + 1 - first_key,
@@ -192,7 +192,7 @@ def pruned_attention(
             observe(kept, rows)
         if renormalize:
             scores = scores.masked_fill_(~kept, -torch.inf)
-        weights = reference.attention_weights(scores, kept, group_size=group_size, sinks=call.sinks)
-        output[start:stop] = reference.weighted_values(weights, call.value[first_key:stop])
+        weights = attention_weights(scores, kept, group_size=group_size, sinks=call.sinks)
+        output[start:stop] = weighted_values(weights, call.value[first_key:stop])
         start = stop
     return output

@@ -20,7 +20,7 @@ from vllm_toptheta.calibration.attention import (
     pruned_attention,
     replaced_attention,
 )
-from vllm_toptheta.kernels import reference
+from vllm_toptheta.kernels.reference import attention_weights, select_top_k
 
 NUM_BINS = 512
 BUCKETS_PER_OCTAVE = 4
@@ -186,7 +186,7 @@ class Collector:
             return dense_attention(call)
         return pruned_attention(
             call,
-            lambda scores, _: reference.select_top_k(scores, self.tac_k),
+            lambda scores, _: select_top_k(scores, self.tac_k),
             group_size=self.group_size,
         )
 
@@ -205,7 +205,7 @@ class Collector:
     def _add(self, call: AttentionCall, bucket: int, rows: Tensor) -> None:
         first_key = 0 if call.window is None else max(0, int(rows[0]) + 1 - call.window)
         scores = call.scores(rows, first_key).float()
-        weights = reference.attention_weights(
+        weights = attention_weights(
             scores,
             torch.ones((), dtype=torch.bool, device=scores.device),
             group_size=None,

@@ -57,6 +57,10 @@ def to_text(summary: dict[str, Any]) -> str:
     )
     versions = ", ".join(f"{name} {version}" for name, version in metadata["versions"].items())
     shortest, longest = summary["row_lengths"]
+    shown_at = (
+        f"k = {summary['k']:g}; theta at rows of {summary['length']}; "
+        f"lost mass at level {summary['lost_mass_at_k']:g}"
+    )
     lines = [
         f"model        {identity['name']} ({', '.join(identity['architectures'])})",
         f"             {shape}, config hash {identity['config_hash'][:12]}",
@@ -71,8 +75,7 @@ def to_text(summary: dict[str, Any]) -> str:
         "lost mass    "
         + "  ".join(f"{level['mean_lost_mass']:.1%}" for level in summary["levels"]),
         "",
-        f"k = {summary['k']:g}: theta at rows of {summary['length']}, "
-        f"lost mass at level {summary['lost_mass_at_k']:g}",
+        shown_at,
         "layer  window   budget min/mean/max      theta min/mean/max   lost mass",
     ]
     for layer in summary["layers"]:
@@ -84,7 +87,8 @@ def to_text(summary: dict[str, Any]) -> str:
         )
         lines.append(
             f"{layer['layer']:5d}  {layer['window'] or 'full':>6}  "
-            f"{budget['min']:6.0f} {budget['mean']:6.0f} {budget['max']:6.0f}   {shown}   {layer['lost_mass']:8.1%}"
+            f"{budget['min']:6.0f} {budget['mean']:6.0f} {budget['max']:6.0f}   "
+            f"{shown}   {layer['lost_mass']:8.1%}"
         )
     return "\n".join(lines)
 

@@ -32,8 +32,8 @@ the rest.
 """
 
 HEADINGS = (
-    f"{'variant':28} {'k':>6} {'group':>5} {'perplexity':>10} {'vs dense':>9} {'kept':>7} {'V rows':>7} "
-    f"{'kept>1024':>9} {'V>1024':>9} {'kept/k':>9}"
+    f"{'variant':28} {'k':>6} {'group':>5} {'perplexity':>10} {'vs dense':>9} "
+    f"{'kept':>7} {'V rows':>7} {'kept>1024':>9} {'V>1024':>9} {'kept/k':>9}"
 )
 
 
@@ -73,7 +73,8 @@ class PerplexityResult:
         return (
             f"{self.variant:28} {self.k:6g} {self.compensation_group:5d} {self.perplexity:10.4f} "
             f"{self.ratio_to_dense - 1:+9.2%} {self.kept_fraction:7.4f} {self.v_row_fraction:7.4f} "
-            f"{self.long_kept_fraction:9.4f} {self.long_v_row_fraction:9.4f} {self.achieved_over_target:9.3f}"
+            f"{self.long_kept_fraction:9.4f} {self.long_v_row_fraction:9.4f} "
+            f"{self.achieved_over_target:9.3f}"
         )
 
     def to_dict(self) -> dict[str, object]:

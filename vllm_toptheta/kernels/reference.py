@@ -107,7 +107,8 @@ def attention_weights(
     padding = (0, -num_keys % group_size)
 
     def grouped(x: Tensor) -> Tensor:
-        return torch.nn.functional.pad(x, padding).unflatten(-1, (-1, group_size))
+        padded: Tensor = torch.nn.functional.pad(x, padding).unflatten(-1, (-1, group_size))
+        return padded
 
     lost = grouped(probs - weights).sum(-1, keepdim=True)
     visible = grouped((scores > -math.inf).to(scores.dtype))
@@ -141,4 +142,5 @@ def count_v_rows(kept: Tensor, num_kv_heads: int) -> Tensor:
     Returns:
         [num_rows, num_kv_heads] int64.
     """
-    return kept.unflatten(0, (num_kv_heads, -1)).any(1).sum(-1).transpose(0, 1)
+    by_group: Tensor = kept.unflatten(0, (num_kv_heads, -1)).any(1)
+    return by_group.sum(-1).transpose(0, 1)

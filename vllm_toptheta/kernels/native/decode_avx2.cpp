@@ -15,6 +15,7 @@ namespace {
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr int kMinSplitTokens = 256;  // shorter tasks cost more to start than they take
+constexpr int kMaxUnits = 32;         // runs of 16 tokens in the largest block
 constexpr int kTasksPerThread = 8;    // fine enough that a disturbed core does not hold up the others
 constexpr int64_t kMinParallelWork = 32 * 1024;  // key elements below which waking threads does not pay
 
@@ -72,7 +73,9 @@ class Decoder {
         B(args.block_size),
         G(args.num_heads / args.num_kv_heads),
         num_tiles((G + kMaxTileHeads - 1) / kMaxTileHeads),
-        num_units(B / 16) {}
+        num_units(B / 16),
+        num_words((B + 63) / 64),
+        group_shift(__builtin_ctz(args.group_size)) {}
 
   int32_t run() {
     int num_threads = a.num_threads > 0 ? a.num_threads : omp_get_max_threads();
@@ -88,7 +91,10 @@ class Decoder {
 
  private:
   const ToptDecodeArgs& a;
-  const int D, B, G, num_tiles, num_units;
+  const int D, B, G, num_tiles;
+  const int num_units;    // runs of 16 tokens in a block
+  const int num_words;    // 64-bit words of kept bits in a block
+  const int group_shift;  // log2 of the compensation group
   int num_tasks = 0;
   int32_t* first_task = nullptr;  // [num_seqs + 1]
   int32_t* unfinished = nullptr;  // [num_seqs][num_kv_heads] tasks that have not reported
@@ -144,7 +150,7 @@ class Decoder {
   // the next block's scores to arrive.
   struct Block {
     float* p;        // [G][B] scores, then exponentials
-    uint16_t* kept;  // [G][num_units]
+    uint64_t* kept;  // [G][num_words] one bit a token
     const T* v;
     bool pending;
   };
@@ -179,7 +185,7 @@ class Decoder {
     const size_t bytes = Arena::bytes_for<float>(static_cast<size_t>(G) * D) + Arena::bytes_for<float>(G) +
                          Arena::bytes_for<float>(GB) * 4 + Arena::bytes_for<float>(lanes) +
                          Arena::bytes_for<float>(B) * 2 + Arena::bytes_for<int32_t>(G) +
-                         Arena::bytes_for<uint16_t>(static_cast<size_t>(G) * num_units + 4) * 2;
+                         Arena::bytes_for<uint64_t>(static_cast<size_t>(G) * num_words) * 2;
     if (!arena.reserve(bytes)) return false;
     t.q = arena.take<float>(static_cast<size_t>(G) * D);
     t.theta = arena.take<float>(G);
@@ -191,7 +197,8 @@ class Decoder {
     t.new_best = arena.take<int32_t>(G);
     for (Block& b : t.blocks) {
       b.p = arena.take<float>(GB);
-      b.kept = arena.take<uint16_t>(static_cast<size_t>(G) * num_units + 4);
+      b.kept = arena.take<uint64_t>(static_cast<size_t>(G) * num_words);
+      std::fill_n(b.kept, static_cast<size_t>(G) * num_words, uint64_t{0});
       b.pending = false;
     }
     return true;
@@ -361,7 +368,7 @@ class Decoder {
     for (int g = 0; g < G; g++) {
       HeadState& state = t.state[g];
       float* s = block.p + static_cast<size_t>(g) * B;
-      uint16_t* kept = block.kept + g * num_units;
+      uint64_t* kept = block.kept + g * num_words;
       const float max = max_of(s, begin, end);
       t.new_best[g] = -1;
       if (state.num_kept == 0 && max > state.max && !(max >= t.theta[g])) {
@@ -370,16 +377,13 @@ class Decoder {
       }
       raise_max(t, g, max);
       const char* ahead = reinterpret_cast<const char*>(means_of(next)) + g * num_units * 64;
-      if (partial) std::fill_n(kept, num_units, uint16_t{0});
       state.sum += a.compensation
                        ? exponentials<true, true>(s, begin, end, state.max, t.theta[g], kept, t.lost_lanes, ahead)
                        : exponentials<true, false>(s, begin, end, state.max, t.theta[g], kept, nullptr, ahead);
-      if (partial) {
-        hide(kept, visible);
-      }
+      if (partial) hide(kept, visible);
       if (a.compensation) sum_lost(t, g, begin, end);
       int count = 0;
-      for (int u = 0; u < num_units; u++) count += __builtin_popcount(kept[u]);
+      for (int w = 0; w < num_words; w++) count += __builtin_popcountll(kept[w]);
       state.num_kept += count;
       total += count;
     }
@@ -396,23 +400,27 @@ class Decoder {
     return false;
   }
 
-  void hide(uint16_t* kept, const Span& visible) const {
-    for (int u = 0; u < num_units; u++)
-      for (int i = 0; i < 16; i++)
-        if (16 * u + i < visible.begin || 16 * u + i >= visible.end) kept[u] &= static_cast<uint16_t>(~(1u << i));
+  // Clears the kept bits outside the visible tokens, which include what an earlier block left there.
+  void hide(uint64_t* kept, const Span& visible) const {
+    for (int w = 0; w < num_words; w++) {
+      const int begin = std::clamp(visible.begin - 64 * w, 0, 64), end = std::clamp(visible.end - 64 * w, 0, 64);
+      const uint64_t below_end = end == 64 ? ~uint64_t{0} : (uint64_t{1} << end) - 1;
+      kept[w] &= begin == 64 ? 0 : below_end & ~uint64_t{0} << begin;
+    }
   }
 
-  // Lost mass of every compensation group of a block.
+  // Lost mass of every compensation group of a block, one head.
   void sum_lost(Task& t, int g, int begin, int end) const {
-    alignas(32) float units[64];
-    for (int u = 0; u < num_units; u += 8) _mm256_store_ps(units + u, transposed_sums(t.lost_lanes + 8 * u));
-    for (int u = 0; u < num_units; u++)
-      if (16 * u < begin || 16 * u >= end) units[u] = 0;
-    const int units_per_group = a.group_size / 16, groups = B / a.group_size;
     float* lost = t.lost + static_cast<size_t>(g) * B;
+    const int padded = (num_units + 7) & ~7;
+    for (int u = 0; u < padded; u++)
+      if (16 * u < begin || 16 * u >= end) _mm256_store_ps(t.lost_lanes + 8 * u, _mm256_setzero_ps());
+    alignas(32) float units[kMaxUnits];
+    for (int u = 0; u < padded; u += 8) _mm256_store_ps(units + u, transposed_sums(t.lost_lanes + 8 * u));
+    const int groups = B >> group_shift, units_per_group = 1 << (group_shift - 4);
     for (int i = 0; i < groups; i++) {
-      float sum = 0;
-      for (int u = 0; u < units_per_group; u++) sum += units[i * units_per_group + u];
+      float sum = units[i * units_per_group];
+      for (int u = 1; u < units_per_group; u++) sum += units[i * units_per_group + u];
       lost[i] = sum;
     }
   }
@@ -423,20 +431,20 @@ class Decoder {
       if (slot < 0) continue;
       t.state[g].best_pos = position + slot;
       t.state[g].best_is_kept = 0;
-      for (int h = 0; h < G; h++) t.state[g].best_is_kept |= block.kept[h * num_units + slot / 16] >> (slot % 16) & 1;
+      for (int h = 0; h < G; h++) t.state[g].best_is_kept |= static_cast<int32_t>(block.kept[h * num_words + slot / 64] >> (slot % 64) & 1);
     }
   }
 
   // Counts the V rows that any head keeps, and prefetches them.
   void gather_union(Task& t, const Block& block, bool fetch) const {
-    for (int u = 0; u < num_units; u++) {
-      uint32_t any = 0;
-      for (int g = 0; g < G; g++) any |= block.kept[g * num_units + u];
-      t.num_union += __builtin_popcount(any);
+    for (int w = 0; w < num_words; w++) {
+      uint64_t any = 0;
+      for (int g = 0; g < G; g++) any |= block.kept[g * num_words + w];
+      t.num_union += __builtin_popcountll(any);
       if (!fetch) continue;
       for (; any; any &= any - 1) {
-        const char* row = reinterpret_cast<const char*>(block.v + static_cast<size_t>(16 * u + __builtin_ctz(any)) * D);
-        for (size_t i = 0; i < D * sizeof(T); i += 64) prefetch(row + i);
+        const T* row = block.v + static_cast<size_t>(64 * w + __builtin_ctzll(any)) * D;
+        for (int d = 0; d < D; d += 64 / static_cast<int>(sizeof(T))) prefetch(reinterpret_cast<const char*>(row + d));
       }
     }
   }
@@ -449,9 +457,9 @@ class Decoder {
     for (int g = 0; g < G; g++) {
       const float* p = block.p + static_cast<size_t>(g) * B;
       int n = 0;
-      for (int u = 0; u < num_units; u++)
-        for (uint32_t bits = block.kept[g * num_units + u]; bits; bits &= bits - 1, n++) {
-          const int slot = 16 * u + __builtin_ctz(bits);
+      for (int w = 0; w < num_words; w++)
+        for (uint64_t bits = block.kept[g * num_words + w]; bits; bits &= bits - 1, n++) {
+          const int slot = 64 * w + __builtin_ctzll(bits);
           t.offsets[n] = slot * D;
           t.gathered[n] = p[slot];
         }
@@ -465,23 +473,25 @@ class Decoder {
     if (all) return;
     for (int g = 0; g < G; g++)
       for (int i = begin; i < end; i += 16) {
-        const Span group = group_of(i / a.group_size, visible);
+        const Span group = group_of(i >> group_shift, visible);
         const float spread =
-            a.compensation ? t.lost[static_cast<size_t>(g) * B + i / a.group_size] / (group.end - group.begin) : 0.0f;
-        mask_and_spread(block.p + static_cast<size_t>(g) * B + i, block.kept[g * num_units + i / 16], spread);
+            a.compensation ? t.lost[static_cast<size_t>(g) * B + (i >> group_shift)] / (group.end - group.begin) : 0;
+        const uint64_t bits = block.kept[g * num_words + i / 64] >> (i % 64);
+        mask_and_spread(block.p + static_cast<size_t>(g) * B + i, static_cast<uint32_t>(bits & 0xffff), spread);
       }
   }
 
   Span group_of(int group, const Span& visible) const {
-    return {std::max(group * a.group_size, visible.begin), std::min((group + 1) * a.group_size, visible.end)};
+    return {std::max(group << group_shift, visible.begin), std::min((group + 1) << group_shift, visible.end)};
   }
 
   // Adds lost mass times mean V: from the stored means where the row sees the whole group, else from the V rows.
   void compensate(Task& t, const Span& visible, const T* v, const T* means) const {
     const int size = a.group_size;
-    const Span whole = {(visible.begin + size - 1) / size, visible.end / size};
+    const Span whole = {(visible.begin + size - 1) >> group_shift, visible.end >> group_shift};
     if (whole.begin < whole.end) weighted_rows(t, means, whole, t.lost, B, reinterpret_cast<const char*>(means));
-    for (int i = visible.begin / size; i * size < visible.end; i++) {
+    if (whole.end - whole.begin == B >> group_shift) return;
+    for (int i = visible.begin >> group_shift; i * size < visible.end; i++) {
       if (i >= whole.begin && i < whole.end) continue;
       const Span part = group_of(i, visible);
       const float share = 1.0f / (part.end - part.begin);

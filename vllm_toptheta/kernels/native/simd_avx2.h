@@ -78,6 +78,23 @@ struct Elem<float> {
   }
 };
 
+// `load16` for tiles without a register to spare.
+template <class T>
+TOPT_INLINE void load16_tight(const T* p, __m256& a, __m256& b) {
+  Elem<T>::load16(p, a, b);
+}
+
+alignas(32) constexpr uint32_t kHighHalves[8] = {0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u,
+                                                 0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u};
+
+template <>
+TOPT_INLINE void load16_tight(const bf16* p, __m256& a, __m256& b) {
+  __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  a = _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
+  asm("vpand %1, %0, %0" : "+x"(x) : "m"(kHighHalves));  // the mask stays in memory
+  b = _mm256_castsi256_ps(x);
+}
+
 template <class T>
 TOPT_INLINE void load16_natural(const T* p, __m256& a, __m256& b) {
   Elem<T>::load16(p, a, b);

@@ -14,7 +14,12 @@ namespace topt {
 constexpr int kMaxTileHeads = 4;
 constexpr int kChunkBytes = 8192;  // what one pass over a page part touches: stays in L1 beside its successor
 
-// With twelve accumulators there are no registers for loads that GCC moves ahead.
+// acc += x * y. As an intrinsic GCC 12 lets the product's register become the accumulator, and then spills.
+TOPT_INLINE void accumulate(__m256& acc, __m256 x, __m256 y) {
+  asm("vfmadd231ps %2, %1, %0" : "+x"(acc) : "x"(x), "x"(y));
+}
+
+// Keeps GCC from moving loads ahead: with twelve accumulators there are no registers for them.
 TOPT_INLINE void keep_order() { asm volatile("" ::: "memory"); }
 
 // Adds q.k of `num_dims` dimensions to the scores of 16 * NT tokens and GT heads.
@@ -35,11 +40,14 @@ TOPT_TILE const char* score_tile(const T* __restrict k, int k_stride, const floa
     TOPT_UNROLL for (int u = 0; u < 2; u++) {
       TOPT_UNROLL for (int i = 0; i < NT; i++) {
         __m256 x, y;
-        Elem<T>::load16(k + 16 * i, x, y);
+        if (kTight)
+          load16_tight(k + 16 * i, x, y);
+        else
+          Elem<T>::load16(k + 16 * i, x, y);
         TOPT_UNROLL for (int g = 0; g < GT; g++) {
           const __m256 qv = _mm256_broadcast_ss(q + g);
-          acc[g][2 * i] = _mm256_fmadd_ps(x, qv, acc[g][2 * i]);
-          acc[g][2 * i + 1] = _mm256_fmadd_ps(y, qv, acc[g][2 * i + 1]);
+          accumulate(acc[g][2 * i], x, qv);
+          accumulate(acc[g][2 * i + 1], y, qv);
         }
         if (kTight) keep_order();
       }
@@ -89,8 +97,8 @@ TOPT_TILE const char* value_tile(const T* __restrict v, int head_dim, int num_ro
       Elem<T>::load16(v + 16 * i, x, y);
       TOPT_UNROLL for (int g = 0; g < GT; g++) {
         const __m256 pv = _mm256_broadcast_ss(p + g * p_stride);
-        sum[g][2 * i] = _mm256_fmadd_ps(x, pv, sum[g][2 * i]);
-        sum[g][2 * i + 1] = _mm256_fmadd_ps(y, pv, sum[g][2 * i + 1]);
+        accumulate(sum[g][2 * i], x, pv);
+        accumulate(sum[g][2 * i + 1], y, pv);
       }
       if (kTight) keep_order();
     }
@@ -126,8 +134,8 @@ TOPT_TILE void gather_tile(const T* __restrict v, const int32_t* __restrict offs
     TOPT_UNROLL for (int i = 0; i < NC; i++) {
       __m256 x, y;
       Elem<T>::load16(row + 16 * i, x, y);
-      sum[2 * i] = _mm256_fmadd_ps(x, pv, sum[2 * i]);
-      sum[2 * i + 1] = _mm256_fmadd_ps(y, pv, sum[2 * i + 1]);
+      accumulate(sum[2 * i], x, pv);
+      accumulate(sum[2 * i + 1], y, pv);
     }
   }
   TOPT_UNROLL for (int i = 0; i < 2 * NC; i++) _mm256_store_ps(acc + 8 * i, sum[i]);
@@ -159,7 +167,7 @@ TOPT_TILE void apply_soft_cap(float* s, int begin, int end, float cap) {
 // per 16 tokens.
 template <bool PRUNE, bool LOST>
 TOPT_TILE float exponentials(float* __restrict s, int begin, int end, float max, float theta,
-                             uint16_t* __restrict kept, float* __restrict lost, const char* ahead) {
+                             uint64_t* __restrict kept, float* __restrict lost, const char* ahead) {
   const __m256 m = _mm256_set1_ps(max), limit = _mm256_set1_ps(theta);
   __m256 sum0 = _mm256_setzero_ps(), sum1 = sum0;
   for (int t = begin; t < end; t += 16) {
@@ -173,7 +181,8 @@ TOPT_TILE float exponentials(float* __restrict s, int begin, int end, float max,
     _mm256_store_ps(s + t + 8, e1);
     if (PRUNE) {
       const __m256 k0 = _mm256_cmp_ps(x0, limit, _CMP_GE_OQ), k1 = _mm256_cmp_ps(x1, limit, _CMP_GE_OQ);
-      kept[t / 16] = static_cast<uint16_t>(_mm256_movemask_ps(k0) | _mm256_movemask_ps(k1) << 8);
+      const uint16_t bits = static_cast<uint16_t>(_mm256_movemask_ps(k0) | _mm256_movemask_ps(k1) << 8);
+      std::memcpy(reinterpret_cast<char*>(kept) + t / 8, &bits, sizeof(bits));
       if (LOST)
         _mm256_store_ps(lost + t / 2, _mm256_add_ps(_mm256_andnot_ps(k0, e0), _mm256_andnot_ps(k1, e1)));
     }
