@@ -112,10 +112,11 @@ def _native() -> ctypes.CDLL:
 
 
 def _check_status(status: int) -> None:
+    if status == 0:
+        return
     if status == _BLOCK_OUT_OF_RANGE:
         raise ValueError(_STATUS[status])
-    if status:
-        raise RuntimeError(f"native kernel failed: {_STATUS.get(status, status)}")
+    raise RuntimeError(f"native kernel failed: {_STATUS.get(status, status)}")
 
 
 def update_v_means_native(kv_cache: Tensor, layout: "PageLayout", slot_mapping: Tensor) -> None:
@@ -143,7 +144,6 @@ def decode_attention_native(
     block_table: Tensor,
     seq_lens: Tensor,
     theta: Tensor,
-    *,
     sm_scale: float,
     dense: Tensor,
     compensation: bool,
@@ -153,8 +153,8 @@ def decode_attention_native(
     out: Tensor,
     num_kept: Tensor,
     v_rows_read: Tensor,
-    num_splits: int | None = None,
-    num_threads: int | None = None,
+    num_splits: int | None,
+    num_threads: int | None,
 ) -> None:
     """`api.decode_attention` in C++.
 
@@ -163,6 +163,9 @@ def decode_attention_native(
         num_splits: parts a row is cut into; None lets the kernel choose. Outputs differ by rounding only.
         num_threads: None for as many as torch uses.
     """
+    num_seqs, num_heads, _ = query.shape
+    num_blocks, num_kv_heads, _, _ = kv_cache.shape
+    block_stride, head_stride, _, _ = kv_cache.stride()
     args = _DecodeArgs(
         query.data_ptr(),
         kv_cache.data_ptr(),
@@ -174,16 +177,16 @@ def decode_attention_native(
         out.data_ptr(),
         num_kept.data_ptr(),
         v_rows_read.data_ptr(),
-        query.stride(0),
-        out.stride(0),
-        kv_cache.stride(0),
-        kv_cache.stride(1),
-        block_table.stride(0),
-        theta.stride(0),
-        kv_cache.shape[0],
-        query.shape[0],
-        query.shape[1],
-        kv_cache.shape[1],
+        query.stride()[0],
+        out.stride()[0],
+        block_stride,
+        head_stride,
+        block_table.stride()[0],
+        theta.stride()[0],
+        num_blocks,
+        num_seqs,
+        num_heads,
+        num_kv_heads,
         layout.head_dim,
         layout.block_size,
         layout.group_size,
@@ -207,7 +210,7 @@ def update_v_means_torch(kv_cache: Tensor, layout: "PageLayout", slot_mapping: T
     if int(last.max()) >= kv_cache.shape[0] * block_size:
         raise ValueError(_STATUS[_BLOCK_OUT_OF_RANGE])
     views = layout.views(kv_cache)
-    groups = views.value_cache.unflatten(2, (-1, group_size))
+    groups = views.value_cache.view(*kv_cache.shape[:2], -1, group_size, layout.head_dim)
     block, group = last // block_size, last % block_size // group_size
     # Two indices around a slice: the result is [num_groups, num_kv_heads, group_size, head_dim].
     means = groups[block, :, group].float().mean(-2)
@@ -221,7 +224,6 @@ def decode_attention_torch(
     block_table: Tensor,
     seq_lens: Tensor,
     theta: Tensor,
-    *,
     sm_scale: float,
     dense: Tensor,
     compensation: bool,
@@ -254,7 +256,7 @@ def decode_attention_torch(
         # Only visible slots are touched: the others may hold anything, NaN included.
         key = views.key_cache[blocks].permute(1, 2, 0, 3).flatten(2)[..., visible].float()
         value = views.value_cache[blocks].transpose(0, 1).flatten(1, 2)[:, visible].float()
-        grouped = query[seq].float().unflatten(0, (num_kv_heads, -1))
+        grouped = query[seq].float().view(num_kv_heads, -1, layout.head_dim)
         scores = (grouped @ key) * sm_scale
         if soft_cap:
             scores = soft_cap * torch.tanh(scores / soft_cap)

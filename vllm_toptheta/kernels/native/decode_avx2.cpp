@@ -16,6 +16,7 @@ namespace {
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr int kMinSplitTokens = 256;  // shorter tasks cost more to start than they take
 constexpr int kMaxUnits = 32;         // runs of 16 tokens in the largest block
+constexpr int kDenseEighths = 3;        // a block that keeps more than 3/8 of its V rows is read as a whole
 constexpr int kTasksPerThread = 8;    // fine enough that a disturbed core does not hold up the others
 constexpr int64_t kMinParallelWork = 32 * 1024;  // key elements below which waking threads does not pay
 
@@ -73,8 +74,11 @@ class Decoder {
         B(args.block_size),
         G(args.num_heads / args.num_kv_heads),
         num_tiles((G + kMaxTileHeads - 1) / kMaxTileHeads),
+        tile_heads(G / num_tiles),
+        wider_tiles(G % num_tiles),
         num_units(B / 16),
         num_words((B + 63) / 64),
+        lost_stride((num_units + 7) & ~7),
         group_shift(__builtin_ctz(args.group_size)) {}
 
   int32_t run() {
@@ -91,9 +95,12 @@ class Decoder {
 
  private:
   const ToptDecodeArgs& a;
-  const int D, B, G, num_tiles;
+  const int D, B, G;
+  const int num_tiles;                // runs of at most kMaxTileHeads heads that are computed together
+  const int tile_heads, wider_tiles;  // heads in a tile; the first tiles have one more
   const int num_units;    // runs of 16 tokens in a block
   const int num_words;    // 64-bit words of kept bits in a block
+  const int lost_stride;  // num_units, padded to whole vectors
   const int group_shift;  // log2 of the compensation group
   int num_tasks = 0;
   int32_t* first_task = nullptr;  // [num_seqs + 1]
@@ -152,7 +159,7 @@ class Decoder {
     float* p;        // [G][B] scores, then exponentials
     uint64_t* kept;  // [G][num_words] one bit a token
     const T* v;
-    bool pending;
+    bool pending;    // kept rows still to be added
   };
 
   struct Task {
@@ -160,7 +167,7 @@ class Decoder {
     Span span;
     bool dense;
     float* q;               // tiles of [D][tile heads]
-    float *theta, *lost;    // [G]; [G][B / group_size], then padding
+    float *theta, *lost;    // [G]; [G][lost_stride], one value a compensation group
     float* lost_lanes;      // [num_units rounded up to 8][8]
     float* weights;         // [G][B]
     int32_t* offsets;       // [B]
@@ -172,7 +179,7 @@ class Decoder {
     int32_t num_union;
   };
 
-  int tile_begin(int tile) const { return tile * G / num_tiles; }
+  int tile_begin(int tile) const { return tile * tile_heads + std::min(tile, wider_tiles); }
   const T* page(int64_t block, int kv_head) const {
     return static_cast<const T*>(a.kv_cache) + block * a.block_stride + kv_head * a.head_stride;
   }
@@ -183,13 +190,15 @@ class Decoder {
     const size_t GB = static_cast<size_t>(G) * B, lanes = static_cast<size_t>((num_units + 7) / 8 * 8) * 8;
     Arena& arena = worker_arena;
     const size_t bytes = Arena::bytes_for<float>(static_cast<size_t>(G) * D) + Arena::bytes_for<float>(G) +
-                         Arena::bytes_for<float>(GB) * 4 + Arena::bytes_for<float>(lanes) +
+                         Arena::bytes_for<float>(GB) * 3 +
+                         Arena::bytes_for<float>(static_cast<size_t>(G) * lost_stride) + Arena::bytes_for<float>(lanes) +
                          Arena::bytes_for<float>(B) * 2 + Arena::bytes_for<int32_t>(G) +
                          Arena::bytes_for<uint64_t>(static_cast<size_t>(G) * num_words) * 2;
     if (!arena.reserve(bytes)) return false;
     t.q = arena.take<float>(static_cast<size_t>(G) * D);
     t.theta = arena.take<float>(G);
-    t.lost = arena.take<float>(GB);
+    t.lost = arena.take<float>(static_cast<size_t>(G) * lost_stride);
+    std::fill_n(t.lost, static_cast<size_t>(G) * lost_stride, 0.0f);
     t.weights = arena.take<float>(GB);
     t.lost_lanes = arena.take<float>(lanes);
     t.offsets = arena.take<int32_t>(B);
@@ -244,8 +253,9 @@ class Decoder {
       Block& now = t.blocks[b & 1];
       now.v = v_of(here);
       const Span visible = {std::max(t.span.begin - b * B, 0), std::min(t.span.end - b * B, B)};
+      Block& before = t.blocks[(b + 1) & 1];
       scores(t, here, now, visible, reinterpret_cast<const char*>(reads_v ? now.v : next));
-      flush(t, t.blocks[(b + 1) & 1]);
+      flush(t, before);
       if (t.dense)
         dense_block(t, now, visible, next);
       else
@@ -388,14 +398,17 @@ class Decoder {
       total += count;
     }
     if (tracks_best) note_best(t, block, position);
-    if (total > num_visible * G / 2) {
-      gather_union(t, block, false);
-      keep_in_place(t, block, visible, begin, end, total == num_visible * G);
+    int rows = 0;
+    if (total)
+      for (int w = 0; w < num_words; w++) rows += __builtin_popcountll(union_word(block, w));
+    t.num_union += rows;
+    if (rows * 8 > num_visible * kDenseEighths) {
+      if (total < num_visible * G) keep_in_place(t, block, visible, begin, end);
       weighted_rows(t, block.v, visible, block.p, B, reinterpret_cast<const char*>(next));
       return true;
     }
-    if (total) gather_union(t, block, true);
-    block.pending = total > 0;
+    if (rows) fetch_union(block);
+    block.pending = rows > 0;
     if (a.compensation) compensate(t, visible, block.v, means_of(here));
     return false;
   }
@@ -411,16 +424,17 @@ class Decoder {
 
   // Lost mass of every compensation group of a block, one head.
   void sum_lost(Task& t, int g, int begin, int end) const {
-    float* lost = t.lost + static_cast<size_t>(g) * B;
     const int padded = (num_units + 7) & ~7;
-    for (int u = 0; u < padded; u++)
-      if (16 * u < begin || 16 * u >= end) _mm256_store_ps(t.lost_lanes + 8 * u, _mm256_setzero_ps());
-    alignas(32) float units[kMaxUnits];
-    for (int u = 0; u < padded; u += 8) _mm256_store_ps(units + u, transposed_sums(t.lost_lanes + 8 * u));
+    if (end - begin < 16 * padded)
+      for (int u = 0; u < padded; u++)
+        if (16 * u < begin || 16 * u >= end) _mm256_store_ps(t.lost_lanes + 8 * u, _mm256_setzero_ps());
+    float* lost = t.lost + static_cast<size_t>(g) * lost_stride;
+    for (int u = 0; u < padded; u += 8) _mm256_store_ps(lost + u, transposed_sums(t.lost_lanes + 8 * u));
     const int groups = B >> group_shift, units_per_group = 1 << (group_shift - 4);
+    if (units_per_group == 1) return;
     for (int i = 0; i < groups; i++) {
-      float sum = units[i * units_per_group];
-      for (int u = 1; u < units_per_group; u++) sum += units[i * units_per_group + u];
+      float sum = lost[i * units_per_group];
+      for (int u = 1; u < units_per_group; u++) sum += lost[i * units_per_group + u];
       lost[i] = sum;
     }
   }
@@ -435,18 +449,19 @@ class Decoder {
     }
   }
 
-  // Counts the V rows that any head keeps, and prefetches them.
-  void gather_union(Task& t, const Block& block, bool fetch) const {
-    for (int w = 0; w < num_words; w++) {
-      uint64_t any = 0;
-      for (int g = 0; g < G; g++) any |= block.kept[g * num_words + w];
-      t.num_union += __builtin_popcountll(any);
-      if (!fetch) continue;
-      for (; any; any &= any - 1) {
+  uint64_t union_word(const Block& block, int w) const {
+    uint64_t any = 0;
+    for (int g = 0; g < G; g++) any |= block.kept[g * num_words + w];
+    return any;
+  }
+
+  // Prefetches the V rows that any head keeps, all at once: spread over the next scores they would hold up its K.
+  void fetch_union(const Block& block) const {
+    for (int w = 0; w < num_words; w++)
+      for (uint64_t any = union_word(block, w); any; any &= any - 1) {
         const T* row = block.v + static_cast<size_t>(64 * w + __builtin_ctzll(any)) * D;
         for (int d = 0; d < D; d += 64 / static_cast<int>(sizeof(T))) prefetch(reinterpret_cast<const char*>(row + d));
       }
-    }
   }
 
   // Adds the kept V rows of the block before this one. Its maximum is still the running one: this runs before the
@@ -469,16 +484,15 @@ class Decoder {
 
   // Turns exponentials into weights on all visible keys: zero where not kept, plus the group's lost mass in equal
   // parts, which is the same as compensating with the mean.
-  void keep_in_place(Task& t, Block& block, const Span& visible, int begin, int end, bool all) const {
-    if (all) return;
+  void keep_in_place(Task& t, Block& block, const Span& visible, int begin, int end) const {
+    alignas(32) float share[kMaxUnits];  // of a token in the lost mass of its group
+    for (int i = begin; i < end; i += 16) {
+      const Span group = group_of(i >> group_shift, visible);
+      share[i / 16] = a.compensation ? 1.0f / (group.end - group.begin) : 0.0f;
+    }
     for (int g = 0; g < G; g++)
-      for (int i = begin; i < end; i += 16) {
-        const Span group = group_of(i >> group_shift, visible);
-        const float spread =
-            a.compensation ? t.lost[static_cast<size_t>(g) * B + (i >> group_shift)] / (group.end - group.begin) : 0;
-        const uint64_t bits = block.kept[g * num_words + i / 64] >> (i % 64);
-        mask_and_spread(block.p + static_cast<size_t>(g) * B + i, static_cast<uint32_t>(bits & 0xffff), spread);
-      }
+      mask_and_spread(block.p + static_cast<size_t>(g) * B, begin, end, block.kept + g * num_words,
+                      t.lost + static_cast<size_t>(g) * lost_stride, group_shift, share);
   }
 
   Span group_of(int group, const Span& visible) const {
@@ -489,14 +503,14 @@ class Decoder {
   void compensate(Task& t, const Span& visible, const T* v, const T* means) const {
     const int size = a.group_size;
     const Span whole = {(visible.begin + size - 1) >> group_shift, visible.end >> group_shift};
-    if (whole.begin < whole.end) weighted_rows(t, means, whole, t.lost, B, reinterpret_cast<const char*>(means));
+    if (whole.begin < whole.end) weighted_rows(t, means, whole, t.lost, lost_stride, reinterpret_cast<const char*>(means));
     if (whole.end - whole.begin == B >> group_shift) return;
     for (int i = visible.begin >> group_shift; i * size < visible.end; i++) {
       if (i >= whole.begin && i < whole.end) continue;
       const Span part = group_of(i, visible);
       const float share = 1.0f / (part.end - part.begin);
       for (int g = 0; g < G; g++)
-        std::fill(t.weights + g * B + part.begin, t.weights + g * B + part.end, t.lost[g * B + i] * share);
+        std::fill(t.weights + g * B + part.begin, t.weights + g * B + part.end, t.lost[g * lost_stride + i] * share);
       weighted_rows(t, v, part, t.weights, B, reinterpret_cast<const char*>(v));
     }
   }
