@@ -8,6 +8,7 @@ import contextlib
 import os
 from typing import Any
 
+import pytest
 import torch
 
 VARIABLE = "TRITON_INTERPRET"
@@ -53,3 +54,17 @@ def _teach_bfloat16_dot(interpreter: Any) -> None:
         return original(self, widen(a), widen(b), *rest)
 
     interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+def _interpreting() -> bool:
+    try:
+        from vllm_toptheta.kernels.triton_split import _split_kernel
+    except ImportError:
+        return False
+    return type(_split_kernel).__name__ == "InterpretedFunction"
+
+
+needs_interpreter = pytest.mark.skipif(
+    "not __import__('triton_interpreter')._interpreting()",
+    reason="no triton here, or a GPU, where scripts/gpu_check covers these kernels",
+)

@@ -1,7 +1,7 @@
-"""The contract of the decode kernels: queries, a paged KV cache and thresholds in, outputs and counts out.
+"""The contract of the CPU decode kernels: queries, a paged KV cache and thresholds in, outputs out.
 
-The implementation is explicit: `impl="native"` (C++) or `impl="torch"`. A request is honoured or raises; ask
-`available_impl()` what this machine can do.
+The implementation is explicit: `impl="native"` (C++) or `impl="torch"`. A request is honoured or
+raises; ask `available_impl()` what this machine can do.
 """
 
 from dataclasses import dataclass
@@ -51,10 +51,12 @@ class PageViews(NamedTuple):
 
     Attributes:
         key_cache: [num_blocks, num_kv_heads, head_dim, block_size], K as it is stored: transposed.
-        key_cache_vllm: [num_blocks, num_kv_heads, block_size, head_dim], the same memory in the shape that vLLM's
-            CPU operators expect; its last two dimensions must not be read as [token, dim].
+        key_cache_vllm: [num_blocks, num_kv_heads, block_size, head_dim], the same memory in the
+            shape that vLLM's CPU operators expect; its last two dimensions must not be read as
+            [token, dim].
         value_cache: [num_blocks, num_kv_heads, block_size, head_dim].
-        v_means: [num_blocks, num_kv_heads, block_size // group_size, head_dim], valid for complete groups.
+        v_means: [num_blocks, num_kv_heads, block_size // group_size, head_dim], valid for complete
+            groups.
     """
 
     key_cache: Tensor
@@ -65,7 +67,7 @@ class PageViews(NamedTuple):
 
 @dataclass(frozen=True)
 class PageLayout:
-    """What one (block, kv head) pair holds: K transposed, V, then the mean V of every group of tokens.
+    """What one (block, kv head) pair holds: K transposed, V, then the mean V of token groups.
 
     Attributes:
         block_size: tokens per block, a multiple of 16 up to 512.
@@ -102,7 +104,8 @@ class PageLayout:
         """Split a page tensor into its parts.
 
         Args:
-            kv_cache: [num_blocks, num_kv_heads, block_size, content_elements], the last two dimensions contiguous.
+            kv_cache: [num_blocks, num_kv_heads, block_size, content_elements], the last two
+                dimensions contiguous.
 
         Raises:
             ValueError: the tensor does not have this layout.
@@ -148,11 +151,12 @@ def update_v_means(
 ) -> None:
     """Store the mean V of every group whose last slot is in `slot_mapping`.
 
-    Call it after each write to the cache, with the slots that were written. A group that is not complete has no valid
-    mean, and no kernel reads it.
+    Call it after each write to the cache, with the slots that were written. A group that is not
+    complete has no valid mean, and no kernel reads it.
 
     Args:
-        kv_cache: [num_blocks, num_kv_heads, block_size, content], see PageLayout; its means are updated.
+        kv_cache: [num_blocks, num_kv_heads, block_size, content], see PageLayout; its means are
+            updated.
         layout: the page layout.
         slot_mapping: [num_tokens] int64, block * block_size + offset; negative entries are padding.
         impl: "native" or "torch".
@@ -193,20 +197,22 @@ def decode_attention(
     num_splits: int | None = None,
     num_threads: int | None = None,
 ) -> None:
-    """Attend one query token per sequence to its cached keys, keeping the keys whose score reaches theta.
+    """Attend one query token per sequence to those cached keys whose score reaches theta.
 
-    The denominator runs over all visible keys and a row's best key is always kept; with `compensation` the mass that
-    a group of tokens loses is multiplied with the mean V of the group's visible keys. The kept set depends neither on
-    the batch nor on how the work is cut.
+    The denominator runs over all visible keys and a row's best key is always kept; with
+    `compensation` the mass that a group of tokens loses is multiplied with the mean V of the
+    group's visible keys. The kept set depends neither on the batch nor on how the work is cut.
 
     Args:
         query: [num_seqs, num_heads, head_dim] in the cache dtype; the first stride is free.
         kv_cache: [num_blocks, num_kv_heads, block_size, content], see PageLayout.
         layout: the page layout.
-        block_table: [num_seqs, max_blocks] int32, the first stride is free; only entries of visible keys are read.
-        seq_lens: [num_seqs] int32, cached keys of the row, its own included; 0 for padding, which yields zeros.
-        theta: [num_seqs, num_heads] float32, units of q.k * sm_scale (after soft cap); -inf keeps all keys. The
-            first stride is free.
+        block_table: [num_seqs, max_blocks] int32, the first stride is free; only entries of visible
+            keys are read.
+        seq_lens: [num_seqs] int32, cached keys of the row, its own included; 0 for padding, which
+            yields zeros.
+        theta: [num_seqs, num_heads] float32, units of q.k * sm_scale (after soft cap); -inf keeps
+            all keys. The first stride is free.
         sm_scale: factor on q.k.
         dense: [num_seqs] bool, rows that take the dense path and ignore theta.
         compensation: whether the lost mass goes to the group means, or is dropped.
@@ -215,13 +221,15 @@ def decode_attention(
         sinks: [num_heads] float32, an extra logit in the denominator; None for none.
         out: [num_seqs, num_heads, head_dim] in the cache dtype, written; the first stride is free.
         num_kept: [num_seqs, num_heads] int32, written: keys kept (all visible ones on dense rows).
-        v_rows_read: [num_seqs, num_kv_heads] int32, written: V rows that any head of the group keeps.
+        v_rows_read: [num_seqs, num_kv_heads] int32, written: V rows that any head of the group
+            keeps.
         impl: "native" or "torch".
         num_splits: parts a row is cut into (native); None lets the kernel choose.
         num_threads: threads (native); None for torch's number.
 
     Raises:
-        ValueError: an argument has another shape, dtype or layout, or a block id lies outside the cache.
+        ValueError: an argument has another shape, dtype or layout, or a block id lies outside the
+            cache.
         RuntimeError: `impl` is not available here.
     """
     _check_decode(

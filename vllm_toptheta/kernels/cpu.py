@@ -1,7 +1,7 @@
 """CPU implementations: the paged cache and a step's queries in, attention outputs and counts out.
 
-`native` runs the C++ library over ctypes; `torch` is the same mathematics in plain PyTorch for machines without it.
-Arguments arrive validated from api.py.
+`native` runs the C++ library over ctypes; `torch` is the same mathematics in plain PyTorch for
+machines without it. Arguments arrive validated from api.py.
 """
 
 import ctypes
@@ -41,10 +41,10 @@ class _DecodeArgs(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("query_stride", "out_stride", "block_stride")),
         *((name, ctypes.c_int64) for name in ("head_stride", "block_table_stride")),
         *((name, ctypes.c_int64) for name in ("theta_stride", "num_blocks")),
-        *((name, ctypes.c_int32) for name in ("num_seqs", "num_heads", "num_kv_heads")),
-        *((name, ctypes.c_int32) for name in ("head_dim", "block_size", "group_size")),
-        *((name, ctypes.c_int32) for name in ("compensation", "window", "dtype")),
-        *((name, ctypes.c_int32) for name in ("num_splits", "num_threads")),
+        *((name, ctypes.c_int32) for name in ("max_blocks", "num_seqs", "num_heads")),
+        *((name, ctypes.c_int32) for name in ("num_kv_heads", "head_dim", "block_size")),
+        *((name, ctypes.c_int32) for name in ("group_size", "compensation", "window")),
+        *((name, ctypes.c_int32) for name in ("dtype", "num_splits", "num_threads")),
         *((name, ctypes.c_float) for name in ("sm_scale", "soft_cap")),
     )
 
@@ -78,7 +78,8 @@ class NativeLibrary:
 def load_native() -> NativeLibrary:
     """Load the native library once per process.
 
-    torch is imported before this runs, so that the library binds to torch's OpenMP runtime and shares its threads.
+    torch is imported before this runs, so that the library binds to torch's OpenMP runtime and
+    shares its threads.
     """
     path = Path(__file__).resolve().parent / LIBRARY_NAME
     if not path.exists():
@@ -160,7 +161,8 @@ def decode_attention_native(
 
     Args:
         query: see api.py, as all arguments but these two.
-        num_splits: parts a row is cut into; None lets the kernel choose. Outputs differ by rounding only.
+        num_splits: parts a row is cut into; None lets the kernel choose. Outputs differ by rounding
+            only.
         num_threads: None for as many as torch uses.
     """
     num_seqs, num_heads, _ = query.shape
@@ -184,6 +186,7 @@ def decode_attention_native(
         block_table.stride()[0],
         theta.stride()[0],
         num_blocks,
+        block_table.shape[1],
         num_seqs,
         num_heads,
         num_kv_heads,
@@ -250,7 +253,9 @@ def decode_attention_torch(
         begin = max(end - window, 0) if window else 0
         first = begin // block_size
         blocks = block_table[seq, first : (end + block_size - 1) // block_size].long()
-        if int(blocks.min()) < 0 or int(blocks.max()) >= kv_cache.shape[0]:
+        if end > block_table.shape[1] * block_size or not (
+            0 <= int(blocks.min()) <= int(blocks.max()) < kv_cache.shape[0]
+        ):
             raise ValueError(_STATUS[_BLOCK_OUT_OF_RANGE])
         visible = slice(begin - first * block_size, end - first * block_size)
         # Only visible slots are touched: the others may hold anything, NaN included.

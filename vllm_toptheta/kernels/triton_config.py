@@ -12,7 +12,6 @@ from pathlib import Path
 TUNED_PATH = Path(__file__).with_name("triton_tuned.json")
 
 MAX_SPLITS = 64
-_MIN_TILE = 32
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class LaunchConfig:
 
     tile: int
     num_warps: int = 4
-    num_stages: int = 3
+    num_stages: int = 2
     programs_per_unit: int = 4
     min_tiles: int = 2
 
@@ -48,12 +47,16 @@ def choose_config(
     tuned = _tuned().get(device, {}).get(f"{head_dim}/{group_size}/{cache_bytes}")
     if tuned is not None:
         return LaunchConfig(**tuned)
-    # A K tile and the V tile beside it take tile * head_dim * bytes each; 16 KiB a stage leave room for four programs
-    # a multiprocessor.
-    tile = 64 if head_dim <= 128 else _MIN_TILE
-    if cache_bytes == 1:
-        tile *= 2
-    return LaunchConfig(tile=max(tile, group_size), num_stages=3 if head_dim <= 128 else 2)
+    # A K tile of 16 KiB leaves room for several programs a multiprocessor. A third pipeline stage costs about 50
+    # registers a thread and with them a program a multiprocessor; small tiles of wide heads need it all the same, or
+    # the compiler spills.
+    tile = max(64 if head_dim <= 128 else 32, group_size)
+    large = tile * head_dim > 8192
+    return LaunchConfig(
+        tile=tile,
+        num_warps=8 if large else 4,
+        num_stages=3 if head_dim > 128 and not large else 2,
+    )
 
 
 def choose_num_splits(

@@ -28,18 +28,18 @@ def _update_v_means_kernel(
     kv_head = tl.program_id(1).to(tl.int64)
     block = (slot // BLOCK_SIZE).to(tl.int64)
     first = (slot % BLOCK_SIZE) // GROUP_SIZE * GROUP_SIZE
-    row = tl.arange(0, GROUP_SIZE)
+    row = tl.arange(0, 16)
     dim = tl.arange(0, DIM_PADDED)
-    values = tl.load(
-        value_ptr
-        + block * value_block_stride
-        + kv_head * value_head_stride
-        + ((first + row) * value_slot_stride)[:, None]
-        + dim[None, :],
-        mask=(dim < HEAD_DIM)[None, :],
-        other=0.0,
-    )
-    mean = tl.sum(values.to(tl.float32), 0) / GROUP_SIZE
+    value_ptr += block * value_block_stride + kv_head * value_head_stride
+    total = tl.zeros([DIM_PADDED], tl.float32)
+    for start in range(0, GROUP_SIZE, 16):
+        values = tl.load(
+            value_ptr + ((first + start + row) * value_slot_stride)[:, None] + dim[None, :],
+            mask=(dim < HEAD_DIM)[None, :],
+            other=0.0,
+        )
+        total += tl.sum(values.to(tl.float32), 0)
+    mean = total / GROUP_SIZE
     tl.store(
         means_ptr
         + block * means_block_stride

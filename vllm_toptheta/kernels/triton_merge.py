@@ -184,15 +184,19 @@ def _best_row_minus_mean(
     if COMPENSATION:
         start = position // GROUP_SIZE * GROUP_SIZE
         if (start < begin) | (start + GROUP_SIZE > seq_len):
-            member = start + tl.arange(0, GROUP_SIZE)
-            visible = (member >= begin) & (member < seq_len)
-            # A group lies within one block.
-            rows = tl.load(
-                row + ((member % BLOCK_SIZE) * value_slot_stride)[:, None] + dim[None, :],
-                mask=visible[:, None] & is_dim[None, :],
-                other=0.0,
-            )
-            best -= tl.sum(rows.to(tl.float32), 0) / tl.sum(visible.to(tl.int32), 0)
+            total = tl.zeros([DIM_PADDED], tl.float32)
+            for first in range(0, GROUP_SIZE, 16):
+                member = start + first + tl.arange(0, 16)
+                visible = (member >= begin) & (member < seq_len)
+                # A group lies within one block.
+                rows = tl.load(
+                    row + ((member % BLOCK_SIZE) * value_slot_stride)[:, None] + dim[None, :],
+                    mask=visible[:, None] & is_dim[None, :],
+                    other=0.0,
+                )
+                total += tl.sum(rows.to(tl.float32), 0)
+            size = tl.minimum(start + GROUP_SIZE, seq_len) - tl.maximum(start, begin)
+            best -= total / size
         else:
             mean = means_ptr + block * means_block_stride
             mean += (start % BLOCK_SIZE) // GROUP_SIZE * means_group_stride

@@ -38,7 +38,7 @@ def _tile_scores(
 ):
     """Scores [heads, TILE] of one K tile, -inf where hidden."""
     dim = tl.arange(0, DIM_PADDED)
-    pointers = key_ptr + (block * key_block_stride + offset * key_slot_stride)[None, :] + dim[:, None]
+    pointers = key_ptr + (block.to(tl.int64) * key_block_stride + offset * key_slot_stride)[None, :] + dim[:, None]
     mask = visible[None, :]
     if HEAD_DIM != DIM_PADDED:
         mask = mask & (dim < HEAD_DIM)[:, None]
@@ -63,7 +63,7 @@ def _load_rows(
 ):
     """Rows [num, DIM_PADDED] of V or of the means; a row that is masked off causes no memory traffic."""
     dim = tl.arange(0, DIM_PADDED)
-    pointers = pointer + (block * block_stride + offset * slot_stride)[:, None] + dim[None, :]
+    pointers = pointer + (block.to(tl.int64) * block_stride + offset * slot_stride)[:, None] + dim[None, :]
     mask = rows[:, None]
     if HEAD_DIM != DIM_PADDED:
         mask = mask & (dim < HEAD_DIM)[None, :]
@@ -190,7 +190,6 @@ def _split_kernel(
             position = tile * TILE + lane
             visible = (position >= begin) & (position < seq_len)
             block = tl.load(block_table_ptr + position // BLOCK_SIZE, mask=visible, other=0)
-            block = block.to(tl.int64)
             offset = position % BLOCK_SIZE
             scores = _tile_scores(
                 query,
@@ -234,7 +233,6 @@ def _split_kernel(
             position = tile * TILE + lane
             visible = (position >= begin) & (position < seq_len)
             block = tl.load(block_table_ptr + position // BLOCK_SIZE, mask=visible, other=0)
-            block = block.to(tl.int64)
             offset = position % BLOCK_SIZE
             scores = _tile_scores(
                 query,
@@ -285,9 +283,11 @@ def _split_kernel(
                     rows = rows | partial
                     lost = tl.where(partial[None, :], 0.0, lost)
             if tl.max(rows.to(tl.int32), 0) > 0:
+                # Read again rather than kept: registers are scarcer here than the first-level cache is slow.
+                again = tl.load(block_table_ptr + position // BLOCK_SIZE, mask=rows, other=0)
                 value = _load_rows(
                     value_ptr,
-                    block,
+                    again,
                     offset,
                     rows,
                     key_block_stride,
@@ -356,7 +356,7 @@ def _add_group_means(
     group = tl.arange(0, GROUPS_PADDED)
     start = tile_start + group * GROUP_SIZE
     complete = (group < NUM_GROUPS) & (start >= begin) & (start + GROUP_SIZE <= seq_len)
-    block = tl.load(block_table_ptr + start // BLOCK_SIZE, mask=complete, other=0).to(tl.int64)
+    block = tl.load(block_table_ptr + start // BLOCK_SIZE, mask=complete, other=0)
     means = _load_rows(
         means_ptr,
         block,

@@ -66,8 +66,8 @@ TOPT_INLINE const char* score_tile(const T* __restrict k, int k_stride, const fl
 
 // Scores of tokens [begin, end), multiples of 16, over one chunk of dimensions.
 template <class T, int GT, bool PREFETCH>
-TOPT_TILE const char* score_chunk(const T* k, int k_stride, const float* q, int num_dims, bool first, bool last, float* s,
-                        int s_stride, int begin, int end, const char* ahead) {
+TOPT_TILE const char* score_chunk(const T* k, int k_stride, const float* q, int num_dims, bool first, bool last,
+                                  float* s, int s_stride, int begin, int end, const char* ahead) {
   constexpr int NT = GT == 1 ? 4 : GT == 4 ? 1 : 2;  // enough independent chains to fill the FMA pipes
   int t = begin;
   for (; t + 16 * NT <= end; t += 16 * NT)
@@ -112,7 +112,7 @@ TOPT_INLINE const char* value_tile(const T* __restrict v, int head_dim, int num_
 
 template <class T, int GT, bool PREFETCH>
 TOPT_TILE const char* value_chunk(const T* v, int head_dim, int num_rows, const float* p, int p_stride, float* acc,
-                        const char* ahead) {
+                                  const char* ahead) {
   constexpr int NC = GT == 1 ? 4 : GT == 4 ? 1 : 2;
   int c = 0;
   for (; c + 16 * NC <= head_dim; c += 16 * NC)
