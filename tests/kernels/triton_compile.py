@@ -30,6 +30,14 @@ TARGETS = {
     "hip:gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
+SHARED_LIMITS = {
+    "cuda:80": 163 << 10,
+    "cuda:90": 227 << 10,
+    "cuda:100": 227 << 10,
+    "hip:gfx942": 64 << 10,
+}
+"""Bytes of shared memory a program may have."""
+
 
 @dataclass
 class Shape:
@@ -221,19 +229,40 @@ def resources(compiled: Any) -> dict[str, int]:
     }
 
 
+def is_served(shape: Shape, target: str) -> bool:
+    """Whether the backend would accept the shape on the target."""
+    if target == "cuda:80" and shape.cache_dtype == E4M3:
+        return False  # compute capability 8.9 brought it; vLLM refuses it below
+    try:
+        choose_config(
+            head_dim=shape.head_dim,
+            group_size=shape.group_size,
+            cache_bytes=(shape.cache_dtype or shape.dtype).itemsize,
+            shared_limit=SHARED_LIMITS[target],
+        )
+    except ValueError:
+        return False
+    return True
+
+
 def main() -> None:
     wanted = sys.argv[1:] or list(TARGETS)
     for target_name in wanted:
         target = TARGETS[target_name]
         for shape in SHAPES:
-            if target_name == "cuda:80" and shape.cache_dtype == E4M3:
-                continue  # compute capability 8.9 brought it; vLLM refuses it below
+            if not is_served(shape, target_name):
+                continue
             calls = list(decode_calls(shape, target.backend == "hip"))
             if shape is SHAPES[0]:
                 calls += list(theta_call())
             for name, kernel_source, options in calls:
                 compiled = triton.compile(kernel_source, target=target, options=options)
-                record = {"target": target_name, "shape": shape.name, "kernel": name}
+                record = {
+                    "target": target_name,
+                    "shape": shape.name,
+                    "kernel": name,
+                    "shared_limit": SHARED_LIMITS[target_name],
+                }
                 assembly = compiled.asm["ttgir"]
                 record["async_copies"] = assembly.count("async_copy_global_to_local")
                 record["predicated_loads"] = (
