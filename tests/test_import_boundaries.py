@@ -33,6 +33,12 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "telemetry": ({"pydantic"}, {"telemetry"}),
     "telemetry.carrier": ({"vllm"}, {"telemetry"}),
+    "backend.gpu": (
+        {"torch", "vllm"},
+        {"backend", "config", "kernels.triton_", "model_identity", "telemetry", "thresholds"},
+    ),
+    "backend.gpu_tensors": ({"torch", "vllm"}, {"backend.plan", "kernels.triton_"}),
+    "backend.step": ({"torch", "vllm"}, {"kernels.triton_theta", "telemetry"}),
     "backend": (
         {"torch", "vllm"},
         {"backend", "config", "kernels.api", "model_identity", "telemetry", "thresholds", "threshold_store"},

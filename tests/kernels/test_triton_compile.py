@@ -1,4 +1,6 @@
-"""Every kernel specialisation compiles for GPUs that are not here, within a budget of registers and without spills."""
+"""Every kernel specialisation compiles for GPUs that are not here, within a budget of registers and
+without spills.
+"""
 
 import json
 import os
@@ -13,9 +15,14 @@ pytest.importorskip("triton")
 
 HERE = Path(__file__).resolve().parent
 
-# Four warps of 168 registers leave three programs a multiprocessor, which hide V loads behind each other; wide heads
-# and float8 conversion take more and get two.
-REGISTERS = {"_split_kernel": 168, "_merge_kernel": 128, "_update_v_means_kernel": 64, "_lookup_theta_kernel": 64}
+# Four warps of 168 registers leave three programs a multiprocessor, which hide V loads behind each
+# other; wide heads and float8 conversion take more and get two.
+REGISTERS = {
+    "_split_kernel": 168,
+    "_merge_kernel": 128,
+    "_update_v_means_kernel": 64,
+    "_lookup_theta_kernel": 64,
+}
 WIDE_REGISTERS = 255
 TARGETS = ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"]
 

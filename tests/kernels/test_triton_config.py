@@ -1,4 +1,6 @@
-"""The launch heuristic, the tuned table, and the scripts that need a GPU as far as they go without one."""
+"""The launch heuristic, the tuned table, and the scripts that need a GPU as far as they go without
+one.
+"""
 
 import importlib.machinery
 import importlib.util
@@ -56,9 +58,7 @@ def test_splits_fill_the_device(num_seqs: int, splits: int) -> None:
     assert splits <= MAX_SPLITS
 
 
-def test_a_tuned_entry_wins_on_its_device(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tuned_entry_wins_on_its_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "tuned.json"
     path.write_text(json.dumps({"Some GPU": {"128/16/2": {"tile": 32, "num_stages": 4}}}))
     monkeypatch.setattr(triton_config, "TUNED_PATH", path)

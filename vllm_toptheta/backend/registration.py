@@ -14,7 +14,8 @@ import logging
 from typing import Any
 
 NAME = "TOPTHETA"
-BACKEND_PATH = "vllm_toptheta.backend.cpu.TopThetaCPUBackend"
+CPU_BACKEND_PATH = "vllm_toptheta.backend.cpu.TopThetaCPUBackend"
+GPU_BACKEND_PATH = "vllm_toptheta.backend.gpu.TopThetaGPUBackend"
 TESTED_VERSIONS = ((0, 32), (0, 34))  # from, below
 
 # vLLM configures the handlers of its own logger tree only.
@@ -51,7 +52,7 @@ def _register() -> None:
     from vllm.platforms.cpu import CpuPlatform
 
     select, create = CpuPlatform.get_attn_backend_cls, EngineArgs.create_engine_config
-    vllm_register_backend(NAME, BACKEND_PATH)
+    vllm_register_backend(NAME, backend_path())
     member = AttentionBackendEnum[NAME]
     # An enum member pickles as a look-up of its value, and spawned processes unpickle the configuration before they
     # load plug-ins. This way unpickling itself loads the plug-in.
@@ -59,6 +60,13 @@ def _register() -> None:
     CpuPlatform.get_attn_backend_cls = classmethod(_select_on_cpu(select.__func__, member))
     EngineArgs.create_engine_config = _check_options(create)
     _warn_if_untested()
+
+
+def backend_path() -> str:
+    """The backend class for this process's platform, by name: importing it here would load its kernels."""
+    from vllm.platforms import current_platform
+
+    return CPU_BACKEND_PATH if current_platform.is_cpu() else GPU_BACKEND_PATH
 
 
 def load_member() -> Any:

@@ -236,12 +236,12 @@ def decode_attention(
         TILE=config.tile,
         MIN_TILES=config.min_tiles,
         SPLITS_PADDED=splits_padded,
-        CHUNK=min(splits_padded, 16),
+        CHUNK=min(splits_padded, 16 if head_dim <= 128 else 8),
         COMPENSATION=v_means is not None,
         SINKS=sinks is not None,
         SCALED=v_scale is not None,
         LSE=lse is not None,
-        num_warps=2,
+        num_warps=4,
     )
 
 
