@@ -16,7 +16,7 @@ from typing import Any
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.responses import HTMLResponse, JSONResponse
 
-from vllm_toptheta.serving.live import start_metrics
+from vllm_toptheta.serving.sinks import get_sinks
 from vllm_toptheta.serving.served import Served, get_served, is_authorised
 from vllm_toptheta.telemetry.counters import FIELDS, summarise
 
@@ -72,7 +72,7 @@ class TopThetaEndpoints:
         heads = await self._heads.fetch(served)
         if not served.config.telemetry:
             return {"telemetry": False, **heads}
-        metrics, live = start_metrics()
+        metrics, live = get_sinks()
         return {
             "telemetry": True,
             "total": summarise(served.config.k, live.total),
