@@ -25,14 +25,34 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "kernels.triton_": ({"torch", "triton"}, {"kernels"}),
     "calibration": (
         {"torch", "transformers", "tqdm"},
-        {"", "calibration", "config", "kernels.reference", "model_identity", "thresholds", "threshold_store"},
+        {
+            "",
+            "calibration",
+            "config",
+            "kernels.reference",
+            "model_identity",
+            "thresholds",
+            "threshold_store",
+        },
     ),
     "evaluation": (
         {"torch", "transformers", "tqdm", "vllm"},
-        {"", "calibration", "config", "evaluation", "kernels", "model_identity", "thresholds", "threshold_store"},
+        {
+            "",
+            "calibration",
+            "config",
+            "evaluation",
+            "kernels",
+            "model_identity",
+            "thresholds",
+            "threshold_store",
+        },
     ),
-    "telemetry": ({"pydantic"}, {"telemetry"}),
-    "telemetry.carrier": ({"vllm"}, {"telemetry"}),
+    "request_options": ({"pydantic"}, set()),
+    "telemetry": (set(), {"telemetry", "request_options"}),
+    "telemetry.carrier": ({"torch", "vllm"}, {"telemetry"}),
+    "telemetry.delivery": ({"vllm"}, {"telemetry", "request_options"}),
+    "telemetry.prometheus": ({"prometheus_client"}, {"telemetry"}),
     "backend.gpu": (
         {"torch", "vllm"},
         {"backend", "config", "kernels.triton_", "model_identity", "telemetry", "thresholds"},
@@ -40,8 +60,22 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "backend.gpu_tensors": ({"torch", "vllm"}, {"backend.plan", "kernels.triton_"}),
     "backend.step": ({"torch", "vllm"}, {"kernels.triton_theta", "telemetry"}),
     "backend": (
-        {"torch", "vllm"},
-        {"backend", "config", "kernels.api", "model_identity", "telemetry", "thresholds", "threshold_store"},
+        {"numpy", "torch", "vllm"},
+        {
+            "backend",
+            "config",
+            "kernels.api",
+            "model_identity",
+            "request_options",
+            "telemetry",
+            "thresholds",
+            "threshold_store",
+        },
+    ),
+    "backend.registration": ({"vllm"}, {"backend", "serving.install", "telemetry"}),
+    "serving": (
+        {"fastapi", "starlette", "vllm"},
+        {"config", "request_options", "serving", "telemetry", "thresholds"},
     ),
 }
 
@@ -54,7 +88,11 @@ def modules() -> list[str]:
 
 
 def matches(name: str, prefix: str) -> bool:
-    return name == prefix or name.startswith(prefix + ".") or (prefix.endswith("_") and name.startswith(prefix))
+    return (
+        name == prefix
+        or name.startswith(prefix + ".")
+        or (prefix.endswith("_") and name.startswith(prefix))
+    )
 
 
 def imports(module: str) -> set[str]:

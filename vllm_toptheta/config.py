@@ -40,6 +40,10 @@ class TopThetaConfig(BaseModel):
         compensation: add the lost mass times the mean V of its token group.
         group_size: tokens per compensation group; divides vLLM's block size.
         layers: overrides by layer index, for example {"0": {"k": 512}, "7": {"dense": true}}.
+        min_k: smallest k a request may ask for; None allows the table's smallest.
+        max_k: largest k a request may ask for; None allows the table's largest.
+        allow_off: whether a request may switch pruning off for itself.
+        telemetry: count what is pruned, and show it in responses and metrics.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -50,6 +54,10 @@ class TopThetaConfig(BaseModel):
     compensation: bool = True
     group_size: Literal[16, 32, 64, 128] = 16
     layers: dict[int, LayerOverride] = Field(default_factory=dict)
+    min_k: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    max_k: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    allow_off: bool = True
+    telemetry: bool = True
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -69,7 +77,9 @@ class TopThetaConfig(BaseModel):
         Raises:
             ValueError: one message naming every wrong option, what was given, and what to type instead.
         """
-        options = additional_config.get(CONFIG_KEY, {}) if isinstance(additional_config, Mapping) else {}
+        options = (
+            additional_config.get(CONFIG_KEY, {}) if isinstance(additional_config, Mapping) else {}
+        )
         if not isinstance(options, Mapping):
             raise ValueError(
                 f"toptheta: options must be a JSON object, got {type(options).__name__}; write {EXAMPLE}"

@@ -4,10 +4,10 @@ Only tokens that a request generates are pruned. Prompt tokens, also a single on
 CPU_ATTN, so that a prompt's KV does not depend on how it was chunked or cached.
 """
 
-from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tp_group
@@ -24,6 +24,8 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
+from vllm_toptheta.backend.dial import Dial, RowPlan, row_options
+from vllm_toptheta.backend.heads import HeadCounts, publish_heads
 from vllm_toptheta.backend.plan import Plan
 from vllm_toptheta.backend.registration import NAME
 from vllm_toptheta.backend.sidecar import enlarge_page
@@ -35,8 +37,10 @@ from vllm_toptheta.kernels.api import (
     decode_attention,
     update_v_means,
 )
-from vllm_toptheta.telemetry.carrier import STEP_LOG, install_on_runner
+from vllm_toptheta.request_options import RequestOptions
+from vllm_toptheta.telemetry.carrier import install_on_runner
 from vllm_toptheta.telemetry.counters import FIELDS
+from vllm_toptheta.telemetry.step_log import STEP_LOG
 
 logger = init_logger("vllm.toptheta.cpu")
 
@@ -79,7 +83,9 @@ class TopThetaCPUBackend(CPUAttentionBackend):
     @classmethod
     def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
         if not current_platform.is_cpu():
-            return [f"this version of toptheta serves on CPU only, not on {current_platform.device_name}"]
+            return [
+                f"this version of toptheta serves on CPU only, not on {current_platform.device_name}"
+            ]
         reasons: list[str] = super().validate_configuration(*args, **kwargs)
         if current_platform.get_cpu_architecture() != CpuArchEnum.X86:
             reasons.append("the CPU cache layout is known on x86-64 only")
@@ -115,44 +121,56 @@ class StepCounts:
 
     Attributes:
         decode: the decode rows, or None.
-        visible: [num_layers, num_decodes] keys a row may see.
-        dense_reasons: {column of FIELDS: [num_layers, num_decodes] bool}.
+        rows: what was planned for them, or None.
         prefill_lens: [num_reqs] prompt tokens of every request in this step.
-        num_layers, num_heads, num_kv_heads: of this builder and this rank.
+        layers: index of this builder's layers into an axis of all layers.
+        num_layers: layers of the model.
+        num_heads, num_kv_heads: of this rank.
+        detail: batch rows of the requests that asked for counts per layer.
+        heads: counts per head since the start, of this builder; updated by `totals`.
     """
 
     decode: DecodeStep | None
-    visible: torch.Tensor | None
-    dense_reasons: dict[str, torch.Tensor]
+    rows: RowPlan | None
     prefill_lens: torch.Tensor
+    layers: slice | list[int]
     num_layers: int
     num_heads: int
     num_kv_heads: int
+    detail: list[int]
+    heads: HeadCounts
 
-    def totals(self) -> list[list[int]]:
-        """Totals over layers and heads, summed over tensor-parallel ranks.
+    @property
+    def num_reqs(self) -> int:
+        return len(self.prefill_lens)
 
-        Returns:
-            One list per request of the batch, columns as in FIELDS.
-        """
-        columns = {name: torch.zeros_like(self.prefill_lens) for name in FIELDS}
-        columns["dense_prefill"] += self.prefill_lens * (self.num_layers * self.num_heads)
-        if self.decode is not None:
-            assert self.visible is not None
-            decodes = slice(0, self.decode.num_decodes)
-            visible = self.visible.sum(0)
-            columns["rows"][decodes] = self.num_layers * self.num_heads
+    def totals(self) -> torch.Tensor:
+        """Counts as `StepLog.append` wants them, summed over tensor-parallel ranks."""
+        # NumPy: on arrays this small, a step costs half of what it does in torch.
+        counts = np.zeros((len(FIELDS), self.num_layers, self.num_reqs), dtype=np.int64)
+        columns = dict(zip(FIELDS, counts, strict=True))
+        columns["dense_prefill"][self.layers] = self.prefill_lens.numpy() * self.num_heads
+        if self.decode is not None and self.rows is not None:
+            decodes = (self.layers, slice(0, self.decode.num_decodes))
+            kept, visible = self.decode.num_kept.numpy(), self.rows.visible.numpy()
+            dense = self.decode.dense.numpy()
+            columns["rows"][decodes] = self.num_heads
             columns["keys_scored"][decodes] = visible * self.num_heads
             columns["v_rows_scored"][decodes] = visible * self.num_kv_heads
-            columns["keys_kept"][decodes] = self.decode.num_kept.sum((0, 2))
-            columns["v_rows_read"][decodes] = self.decode.v_rows_read.sum((0, 2))
-            for name, rows in self.dense_reasons.items():
-                columns[name][decodes] = rows.sum(0) * self.num_heads
-        totals = torch.stack([columns[name] for name in FIELDS], dim=1)
+            columns["keys_kept"][decodes] = kept.sum(2, dtype=np.int64)
+            columns["v_rows_read"][decodes] = self.decode.v_rows_read.numpy().sum(2, dtype=np.int64)
+            columns["keys_dense"][decodes] = visible * dense * self.num_heads
+            columns["keys_target"][decodes] = self.rows.target.numpy() * ~dense
+            for name, rows in self.rows.reasons.items():
+                columns[name][decodes] = rows.numpy() * self.num_heads
+            self.heads.kept += kept.sum(1, dtype=np.int64)
+            self.heads.scored += visible.sum(1, keepdims=True)
+        parts = [counts.sum(1), counts.sum(2), *(counts[:, :, row] for row in self.detail)]
+        totals = torch.from_numpy(np.concatenate(parts, axis=1).T.reshape(-1))
         group = get_tp_group()
         if group.world_size > 1:
             torch.distributed.all_reduce(totals, group=group.cpu_group)
-        return totals.tolist()
+        return totals
 
 
 @dataclass
@@ -170,46 +188,32 @@ class TopThetaCPUMetadata:
     prefill: CPUAttentionMetadata | None
 
 
-@dataclass
-class _LayerGroup:
-    """Layers of one builder with the same window.
-
-    Attributes:
-        window: keys a row sees at most, or None.
-        slots: [num] positions of the layers in the builder's tensors.
-        limit: [num, 1] rows that see at most this many keys run dense.
-        layer_k: [num, 1] mean keys a row keeps.
-        dense: [num, 1] bool, excluded by an option.
-    """
-
-    window: int | None
-    layers: list[int]
-    slots: torch.Tensor
-    limit: torch.Tensor = field(init=False)
-    layer_k: torch.Tensor = field(init=False)
-    dense: torch.Tensor = field(init=False)
-    thresholds: Any = field(init=False)
-
-
 class TopThetaCPUMetadataBuilder(CPUAttentionMetadataBuilder):
     """Splits a batch into decode rows and the rest, and looks up the thresholds of the decode rows."""
 
     reorder_batch_threshold = 1
 
     def __init__(
-        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+        self,
+        kv_cache_spec: Any,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.plan = Plan.from_vllm_config(vllm_config)
         layout = PageLayout(self.block_size, self.head_dim, self.plan.config.group_size)
         attention = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         self.num_layers = len(layer_names)
-        by_window: dict[int | None, list[tuple[int, int]]] = defaultdict(list)
+        layers, windows = [], []
         for slot, name in enumerate(layer_names):
             impl = attention[name].impl
             impl.bind(slot, layout, self.plan.config.compensation)
-            by_window[impl.window].append((slot, self._layer_index(name)))
-        self.groups = [self._group(window, members) for window, members in by_window.items()]
+            layers.append(self._layer_index(name))
+            windows.append(impl.window)
+        first_head = get_tensor_model_parallel_rank() * self.num_heads
+        self.dial = Dial(self.plan, layers, windows, first_head, self.num_heads)
+        self.heads = publish_heads(layers, first_head, self.num_heads)
         self._install_telemetry()
 
     def _set_isa_to_layers(self, layer_names: list[str]) -> None:
@@ -226,26 +230,13 @@ class TopThetaCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             )
         return index
 
-    def _group(self, window: int | None, members: list[tuple[int, int]]) -> _LayerGroup:
-        layers = [index for _, index in members]
-        group = _LayerGroup(window, layers, torch.tensor([slot for slot, _ in members]))
-        group.layer_k = torch.tensor([[self.plan.layer_k(index)] for index in layers])
-        group.limit = group.layer_k.clamp(min=self.plan.config.min_kv_len)
-        group.dense = torch.tensor([[self.plan.layer_is_dense(index)] for index in layers])
-        first_head = get_tensor_model_parallel_rank() * self.num_heads
-        group.thresholds = self.plan.thresholds(layers, first_head, self.num_heads)
-        return group
-
     def _install_telemetry(self) -> None:
         if self.vllm_config.use_v2_model_runner:
-            logger.warning_once(
-                "toptheta: vLLM's V2 model runner on CPU carries no pruning summaries yet; set "
-                "VLLM_USE_V2_MODEL_RUNNER=0 to get them"
-            )
-            return
-        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+            from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+        else:
+            from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-        install_on_runner(GPUModelRunner, self.plan.config.k)
+        install_on_runner(GPUModelRunner, count=self.plan.config.telemetry)
 
     def build(
         self,
@@ -258,18 +249,21 @@ class TopThetaCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             cam, decode_threshold=1, treat_short_extends_as_decodes=False
         )
         query_lens = cam.query_start_loc_cpu.diff().to(torch.int64)
+        options = row_options(cam)
         counts = StepCounts(
             decode=None,
-            visible=None,
-            dense_reasons={},
+            rows=None,
             prefill_lens=query_lens,
-            num_layers=self.num_layers,
+            layers=self.dial.layers,
+            num_layers=self.plan.table.num_layers,
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
+            detail=[row for row, asked in options.items() if asked.layers],
+            heads=self.heads,
         )
         if num_decodes:
             query_lens[:num_decodes] = 0
-            self._plan_decodes(cam, num_decodes, counts)
+            self._plan_decodes(cam, num_decodes, options, counts)
         prefill = None
         if num_prefills:
             rest = cam.replace(
@@ -285,34 +279,25 @@ class TopThetaCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         STEP_LOG.append(counts)
         return TopThetaCPUMetadata(cam.num_actual_tokens, counts.decode, prefill)
 
-    def _plan_decodes(self, cam: CommonAttentionMetadata, num_decodes: int, counts: StepCounts) -> None:
+    def _plan_decodes(
+        self,
+        cam: CommonAttentionMetadata,
+        num_decodes: int,
+        options: dict[int, RequestOptions],
+        counts: StepCounts,
+    ) -> None:
         seq_lens = cam.seq_lens[:num_decodes]
+        rows = counts.rows = self.dial.plan(seq_lens, options)
         shape = (self.num_layers, num_decodes)
-        visible = torch.empty(shape, dtype=torch.int64)
-        theta = torch.empty((*shape, self.num_heads))
-        reasons = {name: torch.zeros(shape, dtype=torch.bool) for name in FIELDS if name in _REASONS}
-        for group in self.groups:
-            lens = seq_lens if group.window is None else seq_lens.clamp(max=group.window)
-            visible[group.slots] = lens.to(torch.int64)
-            theta[group.slots] = group.thresholds.lookup(lens)
-            window_dense = ~group.dense & (group.window is not None and group.layer_k >= group.window)
-            reasons["dense_layer"][group.slots] = group.dense.expand(-1, num_decodes)
-            reasons["dense_window"][group.slots] = window_dense.expand(-1, num_decodes)
-            reasons["dense_short"][group.slots] = ~group.dense & ~window_dense & (lens <= group.limit)
-        dense = torch.stack(list(reasons.values())).any(0)
-        counts.visible, counts.dense_reasons = visible, reasons
         counts.decode = DecodeStep(
             num_decodes=num_decodes,
             block_table=cam.block_table_tensor[:num_decodes],
             seq_lens=seq_lens,
-            theta=theta,
-            dense=dense,
+            theta=rows.theta,
+            dense=torch.stack(list(rows.reasons.values())).any(0),
             num_kept=torch.empty((*shape, self.num_heads), dtype=torch.int32),
             v_rows_read=torch.empty((*shape, self.num_kv_heads), dtype=torch.int32),
         )
-
-
-_REASONS = {"dense_short", "dense_window", "dense_layer"}
 
 
 class TopThetaCPUImpl(CPUAttentionBackendImpl):
@@ -342,7 +327,8 @@ class TopThetaCPUImpl(CPUAttentionBackendImpl):
         self.kernel_impl, why_not_native = available_impl()
         if why_not_native:
             logger.warning_once(
-                "toptheta: running the PyTorch decode path, which is slower than stock vLLM: %s", why_not_native
+                "toptheta: running the PyTorch decode path, which is slower than stock vLLM: %s",
+                why_not_native,
             )
         config = TopThetaConfig.from_additional_config(get_current_vllm_config().additional_config)
         TopThetaCPUBackend.group_size = config.group_size

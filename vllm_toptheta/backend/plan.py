@@ -8,6 +8,7 @@ import torch
 
 from vllm_toptheta.config import TopThetaConfig
 from vllm_toptheta.model_identity import ModelIdentity
+from vllm_toptheta.request_options import RequestPolicy
 from vllm_toptheta.threshold_store import ThresholdStore
 from vllm_toptheta.thresholds import LevelThresholds, ThresholdTable
 
@@ -53,6 +54,12 @@ class Plan:
                 )
         for k in {self.layer_k(index) for index in range(num_layers)} | {self.config.k}:
             self.table.at_k(k)
+        policy = self.policy()
+        if policy.min_k > policy.max_k:
+            raise ValueError(
+                f"toptheta: option 'min_k' = {policy.min_k:g} is above 'max_k' = {policy.max_k:g}; "
+                f"the table has k from {float(self.table.levels[0]):g} to {float(self.table.levels[-1]):g}"
+            )
         block_size = vllm_config.cache_config.block_size
         if block_size and block_size % self.config.group_size:
             raise ValueError(
@@ -60,29 +67,50 @@ class Plan:
                 f"pass --block-size 128 or a smaller group_size"
             )
 
-    def layer_k(self, index: int) -> float:
-        """The mean keys a row keeps that one layer's thresholds aim at."""
+    def policy(self) -> RequestPolicy:
+        """What requests may ask for: the operator's bounds, within the table."""
+        lowest, highest = float(self.table.levels[0]), float(self.table.levels[-1])
+        return RequestPolicy(
+            default_k=self.config.k,
+            min_k=max(self.config.min_k or lowest, lowest),
+            max_k=min(self.config.max_k or highest, highest),
+            allow_off=self.config.allow_off,
+        )
+
+    def layer_k(self, index: int, k: float | None = None) -> float:
+        """The mean keys a row keeps that one layer's thresholds aim at.
+
+        Args:
+            index: the layer.
+            k: asked for by a request; the operator's override of a layer stands all the same.
+        """
         override = self.config.layers.get(index)
-        return self.config.k if override is None or override.k is None else override.k
+        if override is not None and override.k is not None:
+            return override.k
+        return self.config.k if k is None else k
 
     def layer_is_dense(self, index: int) -> bool:
         """Whether an option excludes the layer."""
         override = self.config.layers.get(index)
         return override is not None and override.dense
 
-    def thresholds(self, layers: list[int], first_head: int, num_heads: int) -> LevelThresholds:
+    def thresholds(
+        self, layers: list[int], first_head: int, num_heads: int, k: float | None = None
+    ) -> LevelThresholds:
         """Thresholds of some layers and of the heads of this tensor-parallel rank.
 
         Args:
             layers: layer indices, in the order of the result.
             first_head: first query head of this rank.
             num_heads: query heads of this rank.
+            k: mean keys a row keeps; None takes the configured one.
         """
         table = self.table.slice_heads(first_head, first_head + num_heads)
-        levels = {k: table.at_k(k) for k in {self.layer_k(index) for index in layers}}
-        chosen = [(levels[self.layer_k(index)], index) for index in layers]
+        layer_k = [self.layer_k(index, k) for index in layers]
+        levels = {value: table.at_k(value) for value in set(layer_k)}
+        chosen = [(levels[value], index) for value, index in zip(layer_k, layers, strict=True)]
         return LevelThresholds(
-            k=self.config.k,
+            k=self.config.k if k is None else k,
             lengths=table.lengths,
             theta=torch.stack([level.theta[index] for level, index in chosen]),
             slope=torch.stack([level.slope[index] for level, index in chosen]),

@@ -51,6 +51,8 @@ def _register() -> None:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms.cpu import CpuPlatform
 
+    from vllm_toptheta.serving.install import install_on_arguments
+
     select, create = CpuPlatform.get_attn_backend_cls, EngineArgs.create_engine_config
     vllm_register_backend(NAME, backend_path())
     member = AttentionBackendEnum[NAME]
@@ -59,6 +61,7 @@ def _register() -> None:
     member.__reduce_ex__ = lambda protocol: (load_member, ())
     CpuPlatform.get_attn_backend_cls = classmethod(_select_on_cpu(select.__func__, member))
     EngineArgs.create_engine_config = _check_options(create)
+    install_on_arguments()
     _warn_if_untested()
 
 
@@ -115,10 +118,13 @@ def _check_options(original: Any) -> Any:
         vllm_config = original(self, *args, **kwargs)
         if is_requested(vllm_config):
             from vllm_toptheta.backend.plan import Plan
+            from vllm_toptheta.serving.install import install
             from vllm_toptheta.telemetry.carrier import install_on_scheduler
 
-            logger.info("%s", Plan.from_vllm_config(vllm_config).describe())
+            plan = Plan.from_vllm_config(vllm_config)
+            logger.info("%s", plan.describe())
             install_on_scheduler()
+            install(self, vllm_config, plan)
         return vllm_config
 
     return create_engine_config

@@ -1,136 +1,224 @@
-"""Carries counters from the worker to the response: wraps on vLLM's model runner and scheduler in, an entry
-"toptheta" in every output's `kv_transfer_params` out.
+"""Carries counts from the worker to the server: wraps on vLLM's model runner and scheduler in, an
+entry "toptheta" in every engine output's `kv_transfer_params` out.
 
-vLLM has no channel from an attention backend to a response. `kv_transfer_params` is a free dict that travels with every
-engine output, is exact to the last token, and needs no KV connector. Both wraps can go when vLLM offers a channel. When
-a wrapped name has moved, serving goes on without summaries and one error is logged.
+vLLM has no channel from an attention backend to a response. `kv_transfer_params` is a free dict
+that travels with every engine output, is exact to the last token, and needs no KV connector. Both
+wraps can go when vLLM offers a channel. When a wrapped name has moved, serving goes on without
+counts and one error is logged. Pipeline stages add their counts to the tensors they hand on.
 """
 
 import functools
-import inspect
-import logging
 from typing import Any
 
-from vllm_toptheta.telemetry.counters import RequestCounters
+import torch
+
+from vllm_toptheta.telemetry.counters import FIELDS, split
+from vllm_toptheta.telemetry.ledger import Ledger, Letter, StepRecord
+from vllm_toptheta.telemetry.shield import shielded, take_failures
+from vllm_toptheta.telemetry.step_log import STEP_LOG
+from vllm_toptheta.telemetry.wrapping import can_wrap, mark_wrapped
 
 KEY = "toptheta"
 
-logger = logging.getLogger("vllm.toptheta")
+_LOST = "responses and metrics show nothing of what was pruned, and requests cannot choose their k"
 
 
-class StepLog:
-    """The attention steps of the engine step in progress, each with a `totals()` of one row per request.
+def install_on_runner(runner_class: Any, *, count: bool) -> None:
+    """Make a model runner class note its requests' options and attach counts to its outputs.
 
-    Attributes:
-        open: whether a real engine step is running; dummy and warm-up runs are never recorded.
-    """
-
-    def __init__(self) -> None:
-        self.open = False
-        self._steps: list[Any] = []
-
-    def begin(self) -> None:
-        """Start an engine step; drops what an aborted one left."""
-        self.open = True
-        self._steps.clear()
-
-    def append(self, step: Any) -> None:
-        """Record one attention step, if an engine step is running."""
-        if self.open:
-            self._steps.append(step)
-
-    def end(self) -> list[Any]:
-        """Finish the engine step and hand out its attention steps."""
-        self.open = False
-        steps, self._steps = self._steps, []
-        return steps
-
-
-STEP_LOG = StepLog()
-"""The worker's log: metadata builders write to it, the wrapped model runner drains it."""
-
-
-def install_on_runner(runner_class: Any, k: float) -> None:
-    """Make a model runner class attach request summaries to its outputs; does nothing the second time.
+    Does nothing the second time.
 
     Args:
-        runner_class: vLLM's `GPUModelRunner` (the CPU runner is a subclass).
-        k: mean keys a row keeps, as configured.
+        runner_class: vLLM's `GPUModelRunner`, V1 or V2 (the CPU runners are subclasses).
+        count: whether to attach counts.
     """
-    if not _can_wrap(runner_class, {"execute_model": "scheduler_output", "sample_tokens": None}):
+    methods = {"execute_model": "scheduler_output", "sample_tokens": None}
+    if not can_wrap(runner_class, methods, _LOST):
         return
     execute, sample = runner_class.execute_model, runner_class.sample_tokens
-    counters = RequestCounters(k)
+    received: dict[str, torch.Tensor] = {}
 
     @functools.wraps(execute)
-    def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        counters.forget(scheduler_output.finished_req_ids)
-        STEP_LOG.begin()
-        return execute(self, scheduler_output, *args, **kwargs)
+    def execute_model(
+        self: Any,
+        scheduler_output: Any,
+        intermediate_tensors: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        received.clear()
+        if intermediate_tensors is not None and KEY in intermediate_tensors.tensors:
+            received[KEY] = intermediate_tensors.tensors.pop(KEY)
+        if kwargs.get("dummy_run") or (args and args[0] is True):
+            STEP_LOG.end()
+        else:
+            STEP_LOG.begin(
+                self, scheduler_output.finished_req_ids, scheduler_output.scheduled_new_reqs
+            )
+        output = execute(self, scheduler_output, intermediate_tensors, *args, **kwargs)
+        if (
+            count
+            and STEP_LOG.runner is not None
+            and isinstance(getattr(output, "tensors", 0), dict)
+        ):
+            with shielded("worker"):
+                _hand_on(output.tensors, received)
+        return output
 
     @functools.wraps(sample)
     def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # Sampling may drop rows from the batch, so the order of the step is read before it.
-        request_ids = list(self.input_batch.req_ids)
+        record = None
+        if count and STEP_LOG.runner is not None:
+            with shielded("worker"):
+                # Sampling may drop rows from the batch, so the order of the step is read before.
+                record = _record(_batch_request_ids(self), received)
+        STEP_LOG.end()
         output = sample(self, *args, **kwargs)
-        for step in STEP_LOG.end():
-            counters.add(request_ids, step.totals())
-        if output is not None and getattr(output, "req_ids", None):
-            summaries = {request_id: counters.summary(request_id) for request_id in output.req_ids}
-            output.toptheta = {key: value for key, value in summaries.items() if value is not None}
+        if count:
+            with shielded("worker"):
+                if record is None and (failures := take_failures("worker")):
+                    record = StepRecord([], [], [], {}, failures)
+                if record is not None:
+                    _attach(output, record)
         return output
 
     runner_class.execute_model, runner_class.sample_tokens = execute_model, sample_tokens
-    _mark(runner_class)
+    mark_wrapped(runner_class)
+
+
+def batch_request_ids(runner: Any, slots: Any = None) -> list[str]:
+    """The request of every row of the batch that is being prepared.
+
+    Args:
+        runner: vLLM's model runner.
+        slots: `CommonAttentionMetadata.req_idx`, the persistent slot of each row; V2 runner only.
+    """
+    if slots is None:
+        return list(runner.input_batch.req_ids)
+    by_slot = runner.req_states.index_to_req_id
+    return [by_slot.get(int(slot), "") for slot in slots]
+
+
+def _batch_request_ids(runner: Any) -> list[str]:
+    """The request of every row of the batch that has just run."""
+    state = runner.execute_model_state
+    batch = getattr(state, "input_batch", None)  # V2 keeps the batch with the step
+    return list((runner.input_batch if batch is None else batch).req_ids)
+
+
+def _totals(steps: list[Any], received: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    parts = [step.totals() for step in steps]
+    parts += [tensor.cpu() for tensor in received.values()]
+    return sum(parts[1:], start=parts[0]) if parts else None
+
+
+def _hand_on(tensors: dict[str, torch.Tensor], received: dict[str, torch.Tensor]) -> None:
+    """Give the counts of this and earlier pipeline stages to the next one."""
+    if (totals := _totals(STEP_LOG.end(), received)) is not None:
+        device = next((tensor.device for tensor in tensors.values()), totals.device)
+        tensors[KEY] = totals.to(device)
+
+
+def _record(request_ids: list[str], received: dict[str, torch.Tensor]) -> StepRecord | None:
+    steps = STEP_LOG.end()
+    totals = _totals(steps, received)
+    if totals is None:
+        return None
+    step = steps[-1]
+    num_requests, num_layers, asked = step.num_reqs, step.num_layers, step.detail
+    lines = split(totals.tolist(), totals.numel() // len(FIELDS))
+    first_detail = num_requests + num_layers
+    detail = {
+        request_ids[row]: lines[start : start + num_layers]
+        for row, start in zip(asked, range(first_detail, len(lines), num_layers), strict=True)
+    }
+    # Padding rows belong to no request.
+    return StepRecord(
+        request_ids,
+        lines[:num_requests][: len(request_ids)],
+        lines[num_requests:first_detail],
+        detail,
+        take_failures("worker"),
+    )
+
+
+def _attach(output: Any, record: StepRecord) -> None:
+    """Put the record on the step's output, or on what an asynchronous output will hand out."""
+    if not hasattr(output, "get_output"):
+        # Empty outputs may be one shared object.
+        if getattr(output, "req_ids", None):
+            setattr(output, KEY, record)
+        return
+    get_output = output.get_output
+
+    @functools.wraps(get_output)
+    def with_record() -> Any:
+        result = get_output()
+        setattr(result, KEY, record)
+        return result
+
+    output.get_output = with_record
 
 
 def install_on_scheduler() -> None:
-    """Make the scheduler copy request summaries into its outputs; does nothing the second time."""
+    """Make the scheduler put counts into its outputs; does nothing the second time."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    if not _can_wrap(Scheduler, {"update_from_output": "model_runner_output"}):
+    methods = {"update_from_output": "model_runner_output"}
+    if not can_wrap(Scheduler, methods, _LOST):
         return
     original = Scheduler.update_from_output
 
     @functools.wraps(original)
     def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
+        ledger: Ledger | None = vars(self).get("_toptheta_ledger")
+        record = getattr(model_runner_output, KEY, None)
+        if record is not None:
+            with shielded("engine"):
+                if ledger is None:
+                    ledger = self._toptheta_ledger = Ledger(_engine_index(self))
+                # Before the scheduler lets finished requests go, and their clients with them.
+                ledger.add(record, lambda name: getattr(self.requests.get(name), "client_index", 0))
         outputs = original(self, scheduler_output, model_runner_output)
-        summaries = getattr(model_runner_output, KEY, None)
-        if summaries:
-            for client_outputs in outputs.values():
-                for output in client_outputs.outputs:
-                    if output.request_id in summaries:
-                        # A KV connector's own parameters stay.
-                        output.kv_transfer_params = {
-                            **(output.kv_transfer_params or {}),
-                            KEY: summaries[output.request_id],
-                        }
+        if ledger is not None:
+            with shielded("engine"):
+                _deliver(self, ledger, outputs)
         return outputs
 
     Scheduler.update_from_output = update_from_output
-    _mark(Scheduler)
+    mark_wrapped(Scheduler)
 
 
-_MARK = "_toptheta_installed"
+def _engine_index(scheduler: Any) -> int:
+    return int(scheduler.vllm_config.parallel_config.data_parallel_index)
 
 
-def _mark(owner: Any) -> None:
-    setattr(owner, _MARK, True)
+def _deliver(scheduler: Any, ledger: Ledger, outputs: dict[int, Any]) -> None:
+    ledger.note_failures(take_failures("engine"))
+    for client_outputs in outputs.values():
+        for output in client_outputs.outputs:
+            if (content := ledger.tell(output.request_id)) is not None:
+                # A KV connector's own parameters stay.
+                output.kv_transfer_params = {**(output.kv_transfer_params or {}), KEY: content}
+
+    def is_live(request_id: str) -> bool:
+        request = scheduler.requests.get(request_id)
+        return request is not None and not request.is_finished()
+
+    for letter in ledger.close(is_live):
+        _post(outputs, letter)
 
 
-def _can_wrap(owner: Any, methods: dict[str, str | None]) -> bool:
-    """Whether the methods are still there, with the parameter each wrap relies on, and not wrapped already."""
-    if _MARK in vars(owner):
-        return False
-    for name, parameter in methods.items():
-        method = getattr(owner, name, None)
-        if method is None or (parameter and parameter not in inspect.signature(method).parameters):
-            logger.error(
-                "vllm-toptheta: vLLM moved %s.%s%s; serving goes on, but responses carry no pruning summary. Install a "
-                "tested vLLM or a newer vllm-toptheta.",
-                owner.__name__,
-                name,
-                f"({parameter})" if parameter else "",
-            )
-            return False
-    return True
+def _post(outputs: dict[int, Any], letter: Letter) -> None:
+    """Add an output that the server's side of the carrier takes out again (`delivery.py`)."""
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+
+    output = EngineCoreOutput(
+        request_id=letter.request_id,
+        new_token_ids=[],
+        kv_transfer_params={KEY: {**letter.content, "letter": True}},
+    )
+    if letter.client in outputs:
+        outputs[letter.client].outputs.append(output)
+    else:
+        outputs[letter.client] = EngineCoreOutputs(outputs=[output])

@@ -1,7 +1,8 @@
-"""Per-request counters of one worker: totals of every step in, cumulative summaries per request out."""
+"""What is counted, and how it is shown: columns of integers in, the object of a response out."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+import operator
+from collections.abc import Sequence
+from typing import Any
 
 FIELDS = (
     "rows",
@@ -9,70 +10,80 @@ FIELDS = (
     "keys_kept",
     "v_rows_scored",
     "v_rows_read",
+    "keys_dense",
+    "keys_target",
     "dense_short",
     "dense_window",
     "dense_layer",
+    "dense_off",
     "dense_prefill",
 )
-"""Columns of a step's totals. A row is one token in one layer and one query head. `rows`, `keys_*` and `v_rows_*` cover
-decode rows, dense ones included; V rows are counted per kv head. `dense_*` counts rows that planned to run dense:
-short (at most min_kv_len or k keys), window (the layer's window is not larger than k), layer (excluded by an option),
-prefill (prompt tokens)."""
+"""Columns of all counts. A row is one token in one layer and one query head.
 
+`rows`, `keys_*` and `v_rows_*` cover decode rows, dense ones included; V rows are counted per kv
+head. `keys_dense` are the keys of rows that ran dense, `keys_target` the keys that the other rows
+were meant to keep. `dense_*` counts rows that ran dense by reason: short (at most min_kv_len or k
+keys), window (the layer's window is not larger than k), layer (excluded by an option), off (the
+request asked for it), prefill (prompt tokens)."""
+
+SHOWN = ("rows", "keys_scored", "keys_kept", "v_rows_scored", "v_rows_read")
 DENSE_REASONS = tuple(name.removeprefix("dense_") for name in FIELDS if name.startswith("dense_"))
 
-
-@dataclass
-class RequestCounters:
-    """Cumulative counters by request id.
-
-    Attributes:
-        k: mean keys a row keeps, as configured; part of every summary.
-    """
-
-    k: float
-    _totals: dict[str, list[int]] = field(default_factory=dict)
-
-    def add(self, request_ids: Sequence[str], totals: Sequence[Sequence[int]]) -> None:
-        """Add one step.
-
-        Args:
-            request_ids: the request of every batch row.
-            totals: one list per batch row, columns as in FIELDS.
-        """
-        for request_id, row in zip(request_ids, totals, strict=False):
-            held = self._totals.setdefault(request_id, [0] * len(FIELDS))
-            for column, value in enumerate(row):
-                held[column] += value
-
-    def forget(self, request_ids: Iterable[str]) -> None:
-        """Drop requests that have left the engine."""
-        for request_id in request_ids:
-            self._totals.pop(request_id, None)
-
-    def summary(self, request_id: str) -> dict[str, object] | None:
-        """What the response shows for one request, or None where nothing was counted."""
-        row = self._totals.get(request_id)
-        return None if row is None else summarise(self.k, row)
+Counts = list[int]
+"""One number per column of FIELDS."""
 
 
-def summarise(k: float, row: Sequence[int]) -> dict[str, object]:
-    """Turn one row of counters into the object a response carries.
+def zeros() -> Counts:
+    """No counts."""
+    return [0] * len(FIELDS)
+
+
+def add(into: Counts, more: Sequence[int]) -> None:
+    """Add counts in place."""
+    into[:] = map(operator.add, into, more)
+
+
+def split(flat: Sequence[int], num_rows: int) -> list[Counts]:
+    """Cut a flat list into rows of FIELDS."""
+    width = len(FIELDS)
+    return [list(flat[row * width : (row + 1) * width]) for row in range(num_rows)]
+
+
+def summarise(k: float | None, counts: Sequence[int]) -> dict[str, Any]:
+    """Turn counts into the object a response shows.
 
     Args:
-        k: mean keys a row keeps, as configured.
-        row: columns as in FIELDS.
+        k: mean keys a row was to keep; None for a request that ran without pruning.
+        counts: columns as in FIELDS.
     """
-    counts = dict(zip(FIELDS, row, strict=True))
-    dense = {reason: counts.pop(f"dense_{reason}") for reason in DENSE_REASONS}
+    named = dict(zip(FIELDS, counts, strict=True))
     return {
         "k": k,
-        **counts,
-        "kept_fraction": _ratio(counts["keys_kept"], counts["keys_scored"]),
-        "v_row_fraction": _ratio(counts["v_rows_read"], counts["v_rows_scored"]),
-        "dense_rows": dense,
+        **{name: named[name] for name in SHOWN},
+        "kept_fraction": ratio(named["keys_kept"], named["keys_scored"]),
+        "v_row_reduction": ratio(named["v_rows_scored"], named["v_rows_read"]),
+        "target_ratio": target_ratio(counts),
+        "dense_rows": {reason: named[f"dense_{reason}"] for reason in DENSE_REASONS},
     }
 
 
-def _ratio(part: int, whole: int) -> float | None:
+def summarise_layers(layers: Sequence[Sequence[int]]) -> dict[str, list[Any]]:
+    """Turn the counts of every layer into arrays, one entry per layer."""
+    shown: dict[str, list[Any]] = {
+        name: [counts[FIELDS.index(name)] for counts in layers] for name in SHOWN
+    }
+    objects = [summarise(None, counts) for counts in layers]
+    for name in ("kept_fraction", "target_ratio"):
+        shown[name] = [item[name] for item in objects]
+    return shown
+
+
+def target_ratio(counts: Sequence[int]) -> float | None:
+    """Keys kept by rows that were pruned, over the keys they were meant to keep."""
+    named = dict(zip(FIELDS, counts, strict=True))
+    return ratio(named["keys_kept"] - named["keys_dense"], named["keys_target"])
+
+
+def ratio(part: int, whole: int) -> float | None:
+    """A fraction rounded for people, None where there is nothing to divide by."""
     return round(part / whole, 6) if whole else None

@@ -1,0 +1,166 @@
+"""What one request may ask for: the flat `toptheta*` keys of `vllm_xargs` in, checked options out.
+
+The same parser serves the HTTP middleware, vLLM's input processor and the worker, so that all of
+them agree on what a request means.
+"""
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+PREFIX = "toptheta"
+EXAMPLE = '"vllm_xargs": {"toptheta_k": 128}'
+_SALT_PREFIX = "toptheta:"
+
+
+class RequestOptions(BaseModel):
+    """Options of one request.
+
+    Attributes:
+        k: mean keys a row keeps; None takes the server's.
+        pruning: False runs every row of the request without.
+        layers: show counts per layer in the response.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    k: float | None = Field(default=None, alias="toptheta_k")
+    pruning: bool = Field(default=True, alias="toptheta")
+    layers: bool = Field(default=False, alias="toptheta_layers")
+
+    @field_validator("k", mode="before")
+    @classmethod
+    def _positive(cls, value: Any) -> Any:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (number and 0 < value < math.inf):
+            raise ValueError("must be a positive number")
+        return value
+
+    @field_validator("pruning", mode="before")
+    @classmethod
+    def _on_or_off(cls, value: Any) -> bool:
+        # vLLM turns a JSON false into 0 on its way here.
+        if value in ("off", False):
+            return False
+        if value in ("on", True):
+            return True
+        raise ValueError('must be "off" or "on"')
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _layers(cls, value: Any) -> bool:
+        if value in (True, False):
+            return bool(value)
+        raise ValueError("must be true or false")
+
+    @property
+    def off(self) -> bool:
+        """Whether the request runs without pruning."""
+        return not self.pruning
+
+    @property
+    def setting(self) -> str:
+        """The class of the request: default, k or off."""
+        return "off" if self.off else "default" if self.k is None else "k"
+
+    @classmethod
+    def parse(cls, xargs: object) -> "RequestOptions":
+        """Read the options from a request's `vllm_xargs`, or `SamplingParams.extra_args`.
+
+        Args:
+            xargs: the mapping, or None; keys that do not start with "toptheta" are not ours.
+
+        Raises:
+            ValueError: one message naming every wrong option, what was given, and what to type
+                instead.
+        """
+        if not isinstance(xargs, Mapping):
+            return _DEFAULT
+        ours = {key: value for key, value in xargs.items() if str(key).startswith(PREFIX)}
+        if not ours:
+            return _DEFAULT
+        try:
+            # Field names are not accepted from outside: only keys with the prefix get here.
+            options = cls.model_validate(ours)
+        except ValidationError as error:
+            problems = "; ".join(_explain(item) for item in error.errors())
+            raise ValueError(f"{problems}. Options are {_names()}; for example {EXAMPLE}") from None
+        if options.off and options.k is not None:
+            raise ValueError(
+                'toptheta_k has no meaning with "toptheta": "off": send one of both; '
+                f"for example {EXAMPLE}"
+            )
+        return options
+
+
+_DEFAULT = RequestOptions()
+
+
+@dataclass(frozen=True)
+class RequestPolicy:
+    """What the server allows its clients.
+
+    Attributes:
+        default_k: the server's k.
+        min_k, max_k: smallest and largest k, both within the threshold table.
+        allow_off: whether a request may run without pruning.
+    """
+
+    default_k: float
+    min_k: float
+    max_k: float
+    allow_off: bool
+
+    def check(self, xargs: object) -> RequestOptions:
+        """Parse a request's options and hold them against the policy; the server's own k is None.
+
+        Raises:
+            ValueError: what is wrong, what is allowed.
+        """
+        options = RequestOptions.parse(xargs)
+        if options.off and not self.allow_off:
+            raise ValueError(
+                'this server does not allow "toptheta": "off" (its option allow_off is false); '
+                f"send toptheta_k between {self.min_k:g} and {self.max_k:g} instead"
+            )
+        if options.k == self.default_k:
+            return options.model_copy(update={"k": None})
+        if options.k is not None and not self.min_k <= options.k <= self.max_k:
+            raise ValueError(
+                f"toptheta_k = {options.k:g} is outside what this server allows: "
+                f"send a k between {self.min_k:g} and {self.max_k:g}"
+            )
+        return options
+
+
+def cache_salt(options: RequestOptions, salt: str | None) -> str | None:
+    """The prefix-cache salt of a request: requests share KV only under the same settings.
+
+    Blocks of generated tokens depend on what was pruned, and vLLM's block hashes do not know.
+
+    Args:
+        options: checked by `RequestPolicy.check`, so that the server's own k is None.
+        salt: the user's own salt.
+    """
+    if options.setting == "default" and not (salt or "").startswith(_SALT_PREFIX):
+        return salt
+    setting = "off" if options.off else "default" if options.k is None else repr(options.k)
+    return f"{_SALT_PREFIX}{setting}:{salt or ''}"
+
+
+def _names() -> str:
+    return ", ".join(str(field.alias) for field in RequestOptions.model_fields.values())
+
+
+def _explain(item: Any) -> str:
+    name = str(item["loc"][0])
+    if item["type"] == "extra_forbidden":
+        names = [str(field.alias) for field in RequestOptions.model_fields.values()]
+        near = difflib.get_close_matches(name, names, n=1)
+        return f"unknown option {name!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
+    message = item["msg"].removeprefix("Value error, ")
+    return f"option {name!r}: {message}, got {item['input']!r}"

@@ -1,0 +1,92 @@
+"""Puts the server side in place: an engine configuration that asks for toptheta in, wrapped request
+intake and an HTTP middleware out.
+
+Wraps of vLLM internals that live here:
+
+* `EngineArgs.from_cli_args` shows the command line, whose list of `--middleware` gets ours. It can
+  go when general plug-ins may add middleware.
+* `InputProcessor.process_inputs` is where options of a request are checked for every way into the
+  engine, and where its prefix-cache salt is set. It can go when block hashes may be extended.
+"""
+
+import functools
+import inspect
+from argparse import Namespace
+from typing import Any
+
+from vllm_toptheta.request_options import cache_salt
+from vllm_toptheta.serving.served import Served, policy_of, set_served
+from vllm_toptheta.telemetry.delivery import install_on_output_processor
+from vllm_toptheta.telemetry.wrapping import is_wrapped, mark_wrapped
+
+MIDDLEWARE = "vllm_toptheta.serving.middleware.TopThetaMiddleware"
+_ARGS = "_toptheta_args"
+
+
+def install_on_arguments() -> None:
+    """Remember the command line with the engine arguments that are made from it."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    original = EngineArgs.from_cli_args.__func__
+
+    @functools.wraps(original)
+    def from_cli_args(cls: Any, args: Namespace) -> Any:
+        engine_args = original(cls, args)
+        setattr(engine_args, _ARGS, args)
+        return engine_args
+
+    EngineArgs.from_cli_args = classmethod(from_cli_args)
+
+
+def install(engine_args: Any, vllm_config: Any, plan: Any) -> None:
+    """Prepare this process to serve a configuration.
+
+    Args:
+        engine_args: vLLM's `EngineArgs` the configuration was made from.
+        vllm_config: vLLM's `VllmConfig`.
+        plan: the backend's `Plan` for it.
+
+    Raises:
+        RuntimeError: vLLM's request intake has moved, so options would be ignored.
+    """
+    args: Namespace | None = getattr(engine_args, _ARGS, None)
+    name = vllm_config.model_config.served_model_name
+    served = Served(name, plan.config, plan.policy(), plan.table, plan.table_path, args)
+    set_served(served, vllm_config.instance_id)
+    _install_on_input_processor()
+    if plan.config.telemetry:
+        install_on_output_processor(plan.config.k)
+    if args is not None and MIDDLEWARE not in (present := list(getattr(args, "middleware", ()))):
+        args.middleware = [*present, MIDDLEWARE]
+
+
+def _install_on_input_processor() -> None:
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    if is_wrapped(InputProcessor):
+        return
+    original = InputProcessor.process_inputs
+    signature = inspect.signature(original)
+    if "params" not in signature.parameters:
+        raise RuntimeError(
+            "toptheta: vLLM moved InputProcessor.process_inputs(params); options of requests would "
+            "be ignored. Install a tested vLLM or a newer vllm-toptheta"
+        )
+
+    @functools.wraps(original)
+    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        policy = policy_of(self.vllm_config.instance_id)
+        if policy is None:  # another engine of this process, with another backend
+            return original(self, *args, **kwargs)
+        params = signature.bind(self, *args, **kwargs).arguments["params"]
+        try:
+            options = policy.check(getattr(params, "extra_args", None))
+        except ValueError as error:
+            raise VLLMValidationError(f"toptheta: {error}", parameter="vllm_xargs") from None
+        request = original(self, *args, **kwargs)
+        request.cache_salt = cache_salt(options, request.cache_salt)
+        return request
+
+    InputProcessor.process_inputs = process_inputs
+    mark_wrapped(InputProcessor)

@@ -1,0 +1,83 @@
+"""What this process serves: set when the engine is configured, read by every serving module."""
+
+import os
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_toptheta.config import TopThetaConfig
+from vllm_toptheta.request_options import RequestPolicy
+from vllm_toptheta.thresholds import ThresholdTable
+
+
+@dataclass(frozen=True)
+class Served:
+    """The engine behind this server.
+
+    Attributes:
+        model_name: as clients know it.
+        config: the operator's options.
+        policy: what requests may ask for.
+        table: thresholds of the model.
+        table_path: the file they came from.
+        args: vLLM's command line; None outside of `vllm serve`.
+    """
+
+    model_name: str
+    config: TopThetaConfig
+    policy: RequestPolicy
+    table: ThresholdTable
+    table_path: Path
+    args: Namespace | None
+
+    def api_keys(self) -> list[str]:
+        """Keys that clients must show, as vLLM chooses them; empty for an open server."""
+        keys = getattr(self.args, "api_key", None) or [os.environ.get("VLLM_API_KEY")]
+        return [key for key in keys if key]
+
+
+_served: dict[str, Served] = {}
+
+
+def set_served(served: Served, instance_id: str) -> None:
+    """Remember what this process serves.
+
+    Args:
+        served: the engine.
+        instance_id: `VllmConfig.instance_id`.
+    """
+    _served[instance_id] = served
+
+
+def get_served() -> Served:
+    """What this server process serves: the engine that was configured last.
+
+    Raises:
+        RuntimeError: no engine was configured in this process.
+    """
+    if not _served:
+        raise RuntimeError("toptheta is not configured in this process")
+    return next(reversed(_served.values()))
+
+
+def policy_of(instance_id: str) -> RequestPolicy | None:
+    """What requests to one engine of this process may ask for; None for other backends' engines."""
+    served = _served.get(instance_id)
+    return None if served is None else served.policy
+
+
+def is_authorised(scope: Any) -> bool:
+    """Whether an HTTP request shows one of the server's keys; vLLM itself guards only /v1.
+
+    Args:
+        scope: ASGI scope of the request.
+    """
+    from starlette.datastructures import Headers
+    from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+
+    keys = get_served().api_keys()
+    if not keys:
+        return True
+    guard = AuthenticationMiddleware(app=None, tokens=keys)
+    return bool(guard.verify_token(Headers(scope=scope)))

@@ -1,0 +1,240 @@
+"""Takes counts out of engine outputs in the server process: a wrap on vLLM's output processor in;
+metrics, and the counts of every choice of an HTTP request, out.
+
+The wrap sees each engine output before outputs of one request are merged, so n > 1 and stop strings
+(found in this process) are exact. Counts of a choice hang on vLLM's own state of the request and
+are gone with it. An HTTP request finds its choices through a context variable, which reaches every
+task that serves it; request ids, which clients may choose and repeat, play no part.
+"""
+
+import functools
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from vllm_toptheta.request_options import RequestOptions
+from vllm_toptheta.telemetry.carrier import KEY
+from vllm_toptheta.telemetry.counters import (
+    Counts,
+    add,
+    summarise,
+    summarise_layers,
+    zeros,
+)
+from vllm_toptheta.telemetry.shield import shielded
+from vllm_toptheta.telemetry.wrapping import can_wrap, mark_wrapped
+
+
+@dataclass
+class Choice:
+    """One generated sequence.
+
+    Attributes:
+        request_id: as given to the engine; ends in "-<number of the prompt>" for completions.
+        index: which of the n sequences of its prompt.
+        options: what the request asked for.
+        default_k: the server's k.
+        counts: so far, columns as in FIELDS.
+        layers: the same for each layer, where the request asked for it.
+        finished: whether the last token has been seen.
+    """
+
+    request_id: str
+    index: int
+    options: RequestOptions
+    default_k: float
+    counts: Counts = field(default_factory=zeros)
+    layers: list[Counts] | None = None
+    finished: bool = False
+
+    @property
+    def k(self) -> float | None:
+        """Mean keys a row keeps; None without pruning."""
+        if self.options.off:
+            return None
+        return self.default_k if self.options.k is None else float(self.options.k)
+
+    def show(self) -> dict[str, Any]:
+        """The object a response carries."""
+        shown = summarise(self.k, self.counts)
+        if self.layers is not None:
+            shown["layers"] = summarise_layers(self.layers)
+        return shown
+
+
+def show_all(choices: list[Choice]) -> dict[str, Any] | None:
+    """The object of a response with these choices: totals, and one entry per choice if several.
+
+    Args:
+        choices: in the order of the response.
+    """
+    if len(choices) <= 1:
+        return choices[0].show() if choices else None
+    total = zeros()
+    for choice in choices:
+        add(total, choice.counts)
+    entries = [{"index": index, **choice.show()} for index, choice in enumerate(choices)]
+    return {**summarise(choices[0].k, total), "choices": entries}
+
+
+@dataclass
+class Collector:
+    """The choices of one HTTP request, in the order in which they reached the engine."""
+
+    choices: list[Choice] = field(default_factory=list)
+
+
+CURRENT: ContextVar[Collector | None] = ContextVar("toptheta_collector", default=None)
+"""The HTTP request that is being served."""
+
+
+class Sink(Protocol):
+    """Where counts go; see `prometheus.py`."""
+
+    def counted(self, engine: int, counts: Counts) -> None:
+        """New counts of a request, told once."""
+
+    def layers_counted(self, engine: int, layers: list[Counts]) -> None:
+        """New counts of each layer, told once."""
+
+    def failed(self, engine: int, failures: dict[str, int]) -> None:
+        """Telemetry failures in the engine's processes."""
+
+    def finished(self, choice: Choice, engine: int) -> None:
+        """A sequence has its last token."""
+
+    def reported(self, counts: Counts) -> None:
+        """Counts were put into a response."""
+
+
+_sinks: list[Sink] = []
+_ATTRIBUTE, _OVER_HTTP, _CHOICES = "toptheta_choice", "toptheta_over_http", "toptheta_choices"
+
+
+def add_sink(sink: Sink) -> None:
+    """Send all further counts of this process to a sink."""
+    _sinks.append(sink)
+
+
+def report(choices: list[Choice]) -> None:
+    """Note that the counts of these choices are in a response now."""
+    for choice in choices:
+        _tell("reported", choice.counts)
+
+
+def install_on_output_processor(default_k: float) -> None:
+    """Make vLLM's output processor take counts out of engine outputs.
+
+    Does nothing the second time.
+
+    Args:
+        default_k: the server's k.
+    """
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    methods = {"add_request": "request", "process_outputs": "engine_core_outputs"}
+    lost = "responses and metrics show nothing of what was pruned"
+    if not can_wrap(OutputProcessor, methods, lost):
+        return
+    add_request, process_outputs = OutputProcessor.add_request, OutputProcessor.process_outputs
+
+    @functools.wraps(add_request)
+    def add_and_open(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        result = add_request(self, request, *args, **kwargs)
+        with shielded("server"):
+            _open(self, request, default_k)
+        return result
+
+    @functools.wraps(process_outputs)
+    def take_and_process(self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        touched: list[tuple[str, Choice, int]] = []
+        with shielded("server"):
+            engine_core_outputs = _take(self, engine_core_outputs, touched)
+        result = process_outputs(self, engine_core_outputs, *args, **kwargs)
+        with shielded("server"):
+            for request_id, choice, engine in touched:
+                if request_id not in self.request_states and not choice.finished:
+                    choice.finished = True
+                    _tell("finished", choice, engine)
+        return result
+
+    OutputProcessor.add_request = add_and_open
+    OutputProcessor.process_outputs = take_and_process
+    mark_wrapped(OutputProcessor)
+
+
+def _open(processor: Any, request: Any, default_k: float) -> None:
+    state = processor.request_states.get(request.request_id)
+    if state is None or hasattr(state, _ATTRIBUTE) or request.sampling_params is None:
+        return
+    options = RequestOptions.parse(request.sampling_params.extra_args)
+    choice = Choice(state.external_req_id, state.request_index, options, default_k)
+    setattr(state, _ATTRIBUTE, choice)
+    collector = CURRENT.get()
+    if collector is not None:
+        collector.choices.append(choice)
+        setattr(state, _OVER_HTTP, True)
+    elif state.parent_req is not None:
+        vars(state.parent_req).setdefault(_CHOICES, {})[state.request_index] = choice
+
+
+def _take(processor: Any, outputs: list[Any], touched: list[tuple[str, Choice, int]]) -> list[Any]:
+    """Read the counts of every output; letters are taken out of the list."""
+    rest = []
+    new: dict[int, Counts] = {}
+    for output in outputs:
+        content = (output.kv_transfer_params or {}).get(KEY)
+        if content is None:
+            rest.append(output)
+            continue
+        with shielded("server"):
+            _tell_engine(content)
+            if "new" in content:
+                # Sinks are told once a step, not once an output.
+                add(new.setdefault(content["engine"], zeros()), content["new"])
+        if content.get("letter"):
+            continue
+        rest.append(output)
+        with shielded("server"):
+            _read(processor, output, content, touched)
+    for engine, counts in new.items():
+        _tell("counted", engine, counts)
+    return rest
+
+
+def _read(
+    processor: Any, output: Any, content: dict[str, Any], touched: list[tuple[str, Choice, int]]
+) -> None:
+    params = {key: value for key, value in output.kv_transfer_params.items() if key != KEY}
+    output.kv_transfer_params = params or None
+    state = processor.request_states.get(output.request_id)
+    choice: Choice | None = getattr(state, _ATTRIBUTE, None)
+    if state is None or choice is None:
+        return
+    choice.counts, choice.layers = content["total"], content.get("layers")
+    touched.append((output.request_id, choice, content["engine"]))
+    if not hasattr(state, _OVER_HTTP):
+        output.kv_transfer_params = {**params, KEY: _show_offline(state, choice)}
+
+
+def _show_offline(state: Any, choice: Choice) -> dict[str, Any] | None:
+    """What an output outside of HTTP carries; those of n > 1 sequences arrive as one."""
+    if state.parent_req is None:
+        return choice.show()
+    by_index: dict[int, Choice] = vars(state.parent_req)[_CHOICES]
+    return show_all([by_index[index] for index in sorted(by_index)])
+
+
+def _tell_engine(content: dict[str, Any]) -> None:
+    engine = content["engine"]
+    if layers := content.get("new_layers"):
+        _tell("layers_counted", engine, layers)
+    if failures := content.get("failures"):
+        _tell("failed", engine, failures)
+
+
+def _tell(event: str, *values: Any) -> None:
+    """Tell every sink; one that fails keeps nothing from the others."""
+    for sink in _sinks:
+        with shielded("server"):
+            getattr(sink, event)(*values)
