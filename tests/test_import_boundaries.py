@@ -57,8 +57,11 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "vllm"},
         {"backend", "config", "kernels.triton_", "model_identity", "telemetry", "thresholds"},
     ),
-    "backend.gpu_tensors": ({"torch", "vllm"}, {"backend.plan", "kernels.triton_"}),
-    "backend.step": ({"torch", "vllm"}, {"kernels.triton_theta", "telemetry"}),
+    "backend.gpu_tensors": (
+        {"torch", "vllm"},
+        {"backend.plan", "kernels.triton_", "request_options"},
+    ),
+    "backend.step": ({"torch", "vllm"}, {"backend", "kernels.triton_theta", "telemetry"}),
     "backend": (
         {"numpy", "torch", "vllm"},
         {

@@ -36,7 +36,8 @@ from vllm_toptheta.backend.gpu import (  # noqa: E402
 )
 from vllm_toptheta.backend.plan import Plan  # noqa: E402
 from vllm_toptheta.config import TopThetaConfig  # noqa: E402
-from vllm_toptheta.telemetry.counters import FIELDS  # noqa: E402
+from vllm_toptheta.request_options import RequestOptions  # noqa: E402
+from vllm_toptheta.telemetry.counters import FIELDS, split  # noqa: E402
 
 pytestmark = needs_interpreter
 
@@ -79,6 +80,7 @@ def make_builder(
     monkeypatch: pytest.MonkeyPatch, **changes: Any
 ) -> tuple[TopThetaGPUMetadataBuilder, list[TopThetaGPUImpl]]:
     additional = options(**changes)
+    monkeypatch.setattr(TopThetaGPUMetadataBuilder, "_install_telemetry", lambda self: None)
     impls = [make_impl(monkeypatch, additional, sliding_window=w) for w in (None, WINDOW, None)]
     layers = {name: SimpleNamespace(impl=impl) for name, impl in zip(NAMES, impls, strict=True)}
     monkeypatch.setattr(gpu, "get_layers_from_vllm_config", lambda *args: layers)
@@ -150,6 +152,12 @@ class Batch:
             slot_mapping=torch.full((sum(self.queries),), -1, dtype=torch.int64),
             is_prefilling=torch.tensor(self.prefilling),
         )
+
+
+def named_totals(counts: step.GPUStepCounts) -> list[dict[str, int]]:
+    flat = counts.totals().tolist()
+    rows = split(flat, len(flat) // len(FIELDS))
+    return [dict(zip(FIELDS, row, strict=True)) for row in rows]
 
 
 def expected_case(batch: Batch, layer: int, dense: tuple[int, ...] = ()) -> Case:
@@ -226,7 +234,7 @@ def test_totals_count_every_row_once(
 ) -> None:
     builder, impls = make_builder(monkeypatch)
     batch = Batch([70, 33, 15, 50, 40], [1, 1, 1, 1, 5], [False, False, False, True, True])
-    gpu.STEP_LOG.begin()
+    gpu.STEP_LOG.begin(object(), [], [])
     metadata = builder.build(0, batch.common())
     (counts,) = gpu.STEP_LOG.end()
     query = torch.cat([batch.case.query[:4], torch.randn(5, HEADS, HEAD_DIM).bfloat16()])
@@ -236,7 +244,7 @@ def test_totals_count_every_row_once(
         _, num_kept, v_rows_read, _ = expected_case(batch, layer, dense=(3,)).expected()
         kept += num_kept[:4].sum(1)
         rows += v_rows_read[:4].sum(1)
-    totals = [dict(zip(FIELDS, row, strict=True)) for row in counts.totals()]
+    totals = named_totals(counts)
     for seq, visible in enumerate([70 + 40 + 70, 33 * 3, 15 * 3]):
         assert totals[seq]["rows"] == 3 * HEADS
         assert totals[seq]["keys_scored"] == visible * HEADS
@@ -248,6 +256,38 @@ def test_totals_count_every_row_once(
         assert totals[seq]["dense_prefill"] == 0
     assert totals[3] == dict.fromkeys(FIELDS, 0) | {"dense_prefill": 3 * HEADS}
     assert totals[4] == dict.fromkeys(FIELDS, 0) | {"dense_prefill": 5 * 3 * HEADS}
+    for name in FIELDS:
+        by_request, by_layer = totals[:5], totals[5:]
+        assert sum(row[name] for row in by_request) == sum(row[name] for row in by_layer)
+
+
+def test_requests_choose_their_k(
+    monkeypatch: pytest.MonkeyPatch, stock: list[dict[str, Any]]
+) -> None:
+    builder, impls = make_builder(monkeypatch, layers={"1": {"k": 128}})
+    batch = Batch([70, 70, 70], [1, 1, 1])
+    asked = {1: RequestOptions(k=128, layers=True), 2: RequestOptions(pruning=False)}
+    monkeypatch.setattr(gpu, "row_options", lambda cam: asked)
+    gpu.STEP_LOG.begin(object(), [], [])
+    metadata = builder.build(0, batch.common())
+    (counts,) = gpu.STEP_LOG.end()
+    assert builder.tensors.row_k[:3].tolist() == [16, 128, 16]
+    assert builder.tensors.row_level[:3].tolist() == [0, 0.5, 0]
+    run_layer(impls[0], batch, metadata, batch.case.query)
+    assert builder.tensors.num_kept[0, 0].max() < 70
+    assert builder.tensors.num_kept[0, 2].tolist() == [70] * HEADS, "switched off"
+    totals = named_totals(counts)
+    # Layer 1 fixes its own k of 128, which is more than these rows see.
+    assert [row["dense_off"] for row in totals[:3]] == [0, 0, 3 * HEADS]
+    assert totals[0]["keys_target"] == 2 * 16 * HEADS
+    assert counts.detail == [1]
+    detail = totals[6:]
+    assert len(detail) == 3
+    assert sum(row["rows"] for row in detail) == totals[1]["rows"] == 3 * HEADS
+    monkeypatch.setattr(gpu, "row_options", lambda cam: {})
+    builder.build(0, batch.common())
+    assert builder.tensors.row_k[:3].tolist() == [16, 16, 16]
+    assert not builder.tensors.row_dense.any()
 
 
 def test_a_single_prompt_token_runs_dense(
@@ -325,15 +365,14 @@ def test_padding_of_a_captured_batch_yields_zeros(
     assert (output[2:] == 0).all()
     assert not stock
     counts = step.GPUStepCounts(
+        tensors=builder.tensors,
         prefill_lens=torch.zeros(4, dtype=torch.int64),
-        num_decodes=4,
         seq_lens=common.seq_lens,
-        layer_window=builder.tensors.layer_window,
-        dense=builder.tensors.dense[:, :4],
-        num_kept=builder.tensors.num_kept[:, :4],
-        v_rows_read=builder.tensors.v_rows_read[:, :4],
+        layers=[0, 1, 2],
+        num_layers=3,
+        detail=[],
     )
-    assert counts.totals()[2:] == [[0] * len(FIELDS)] * 2
+    assert named_totals(counts)[2:4] == [dict.fromkeys(FIELDS, 0)] * 2
 
 
 def test_graphs_of_longer_queries_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ from vllm.v1.attention.backends.triton_attn import (
 )
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
+from vllm_toptheta.backend.dial import row_options
 from vllm_toptheta.backend.gpu_tensors import DecodeRows, LayerShape, StepTensors
 from vllm_toptheta.backend.plan import Plan
 from vllm_toptheta.backend.registration import NAME
@@ -43,7 +44,8 @@ from vllm_toptheta.kernels.triton_decode import (
     decode_attention,
 )
 from vllm_toptheta.kernels.triton_means import update_v_means
-from vllm_toptheta.telemetry.carrier import STEP_LOG, install_on_runner
+from vllm_toptheta.telemetry.carrier import install_on_runner
+from vllm_toptheta.telemetry.step_log import STEP_LOG
 
 logger = init_logger("vllm.toptheta.gpu")
 
@@ -182,7 +184,7 @@ class TopThetaGPUMetadataBuilder(TritonAttentionMetadataBuilder):
             )
         shape = LayerShape(*shapes.pop())
         check_supported(shape.head_dim, shape.num_heads, shape.num_kv_heads, self.block_size)
-        indices = [self._layer_index(name) for name in layer_names]
+        self.layers = indices = [self._layer_index(name) for name in layer_names]
         for slot, impl in enumerate(impls):
             impl.bind(slot)
         name, num_units, shared_limit = _device_limits(device)
@@ -221,14 +223,11 @@ class TopThetaGPUMetadataBuilder(TritonAttentionMetadataBuilder):
 
     def _install_telemetry(self) -> None:
         if self.vllm_config.use_v2_model_runner:
-            logger.warning_once(
-                "toptheta: vLLM's V2 model runner carries no pruning summaries on GPU yet; set "
-                "VLLM_USE_V2_MODEL_RUNNER=0 to get them"
-            )
-            return
-        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+            from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+        else:
+            from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-        install_on_runner(GPUModelRunner, self.plan.config.k)
+        install_on_runner(GPUModelRunner, count=self.plan.config.telemetry)
 
     def build(
         self,
@@ -239,10 +238,13 @@ class TopThetaGPUMetadataBuilder(TritonAttentionMetadataBuilder):
         cam = common_attn_metadata
         query_lens = cam.query_start_loc_cpu.diff().to(torch.int64)
         num_rows = _count_single_token_rows(query_lens)
+        options = row_options(cam)
         decode = None
         if num_rows:
             prompt = None if cam.is_prefilling is None else cam.is_prefilling[:num_rows]
-            decode = self.tensors.refresh(cam.seq_lens[:num_rows], cam.block_table_tensor, prompt)
+            decode = self.tensors.refresh(
+                cam.seq_lens[:num_rows], cam.block_table_tensor, prompt, options
+            )
         prefill = None
         if num_rows < cam.num_reqs:
             tokens = int(cam.query_start_loc_cpu[num_rows])
@@ -259,13 +261,12 @@ class TopThetaGPUMetadataBuilder(TritonAttentionMetadataBuilder):
         query_lens[:num_rows] = 0
         STEP_LOG.append(
             GPUStepCounts(
+                tensors=self.tensors,
                 prefill_lens=query_lens,
-                num_decodes=num_rows,
                 seq_lens=cam.seq_lens[:num_rows],
-                layer_window=self.tensors.layer_window,
-                dense=self.tensors.dense[:, :num_rows],
-                num_kept=self.tensors.num_kept[:, :num_rows],
-                v_rows_read=self.tensors.v_rows_read[:, :num_rows],
+                layers=self.layers,
+                num_layers=self.plan.table.num_layers,
+                detail=[row for row, asked in options.items() if asked.layers],
             )
         )
         return TopThetaGPUMetadata(cam.num_actual_tokens, decode, prefill)

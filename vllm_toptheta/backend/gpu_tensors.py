@@ -6,6 +6,7 @@ tensors, and everything else depends on the batch size alone.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +17,11 @@ from vllm_toptheta.backend.plan import Plan
 from vllm_toptheta.kernels.triton_config import LaunchConfig, choose_num_splits
 from vllm_toptheta.kernels.triton_decode import DecodeScratch
 from vllm_toptheta.kernels.triton_theta import lookup_theta
+from vllm_toptheta.request_options import RequestOptions
 
 _NO_WINDOW = 2**31 - 1
+PROMPT, OFF = 1, 2
+"""Why a row runs dense in every layer: it is a prompt token, or its request asked for it."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +75,10 @@ class StepTensors:
         layer_window: [num_layers] int32, keys a row sees at most.
         layer_k, layer_level: [num_layers] float32, a layer's own k; 0 where the row's counts.
         layer_dense: [num_layers] int8.
-        row_k, row_level: [max_rows] float32, mean keys a row keeps; the configuration's until a
-            per-request dial writes them.
+        row_k, row_level: [max_rows] float32, mean keys a row keeps: its request's or the
+            configuration's.
         row_min_len: [max_rows] int32, rows that see at most this many keys run dense.
-        row_dense: [max_rows] int8, prompt tokens.
+        row_dense: [max_rows] int8, PROMPT, OFF or 0.
         theta, dense, num_kept, v_rows_read: see DecodeRows, for max_rows rows.
     """
 
@@ -118,6 +122,7 @@ class StepTensors:
         self.theta_table = table.theta[:, indices].transpose(0, 1).contiguous().to(device)
         self.slope_table = table.slope[:, indices].transpose(0, 1).contiguous().to(device)
         self.log2_lengths = table.lengths.log2().to(device)
+        self.log2_head_k = table.head_k[:, indices].log2().to(device)
         self.layer_window = torch.tensor(spans, dtype=torch.int32, device=device)
         self.layer_k = torch.tensor(own, dtype=torch.float32, device=device)
         self.layer_level = torch.tensor(level, dtype=torch.float32, device=device)
@@ -141,7 +146,7 @@ class StepTensors:
         self.row_level = full(self.level_of(config.k), torch.float32)
         self.row_min_len = full(config.min_kv_len, torch.int32)
         self.row_dense = full(0, torch.int8)
-        self._any_row_dense = False
+        self._rows_differ = False
         self.theta = zeros(shape.num_heads, dtype=torch.float32)
         self.dense = zeros(dtype=torch.int8)
         self.num_kept = zeros(shape.num_heads)
@@ -170,8 +175,23 @@ class StepTensors:
             num_rows, self.shape.num_kv_heads, self.num_units, self.launch.programs_per_unit
         )
 
+    def head_k(self, num_rows: int) -> Tensor:
+        """[num_layers, num_rows, num_heads] int64, keys each head of a row is to keep."""
+        own = self.layer_level[:, None].expand(-1, num_rows)
+        level = torch.where(self.layer_k[:, None] > 0, own, self.row_level[:num_rows])
+        top = self.log2_head_k.shape[0] - 1
+        lower = level.floor().long().clamp(max=top)
+        layer = torch.arange(len(self.layer_k), device=self.device)[:, None]
+        low = self.log2_head_k[lower, layer]
+        high = self.log2_head_k[(lower + 1).clamp(max=top), layer]
+        return torch.lerp(low, high, (level - lower)[..., None]).exp2().round().to(torch.int64)
+
     def refresh(
-        self, seq_lens: Tensor, block_table: Tensor, is_prefilling: Tensor | None
+        self,
+        seq_lens: Tensor,
+        block_table: Tensor,
+        is_prefilling: Tensor | None,
+        options: Mapping[int, RequestOptions],
     ) -> DecodeRows:
         """Look up the thresholds of a step and hand out its rows.
 
@@ -179,6 +199,7 @@ class StepTensors:
             seq_lens: [num_rows] int32 on the device, 0 for padding.
             block_table: [at least num_rows, max_blocks] int32 on the device.
             is_prefilling: [at most num_rows] bool on the CPU, rows that are prompt tokens.
+            options: what requests asked for, by row, where it is not the default.
 
         Raises:
             RuntimeError: there are more rows than planned for.
@@ -186,7 +207,7 @@ class StepTensors:
         num_rows = seq_lens.shape[0]
         if num_rows > self.max_rows:
             raise RuntimeError(f"toptheta planned for {self.max_rows} rows, got {num_rows}")
-        self._mark_prompt_rows(is_prefilling)
+        self._write_rows(num_rows, is_prefilling, options)
         lookup_theta(
             self.theta_table,
             self.slope_table,
@@ -216,14 +237,31 @@ class StepTensors:
             scratch=self.scratch,
         )
 
-    def _mark_prompt_rows(self, is_prefilling: Tensor | None) -> None:
-        """Write which rows are prompt tokens; costs nothing where none is and none was."""
-        any_now = is_prefilling is not None and bool(is_prefilling.any())
-        if any_now:
+    def _write_rows(
+        self,
+        num_rows: int,
+        is_prefilling: Tensor | None,
+        options: Mapping[int, RequestOptions],
+    ) -> None:
+        """Write what each row is to do; costs nothing where all rows are, and were, alike."""
+        prompt = is_prefilling is not None and bool(is_prefilling.any())
+        if not (prompt or options or self._rows_differ):
+            return
+        config = self.plan.config
+        k = torch.full((self.max_rows,), config.k)
+        level = torch.full((self.max_rows,), self.level_of(config.k))
+        dense = torch.zeros(self.max_rows, dtype=torch.int8)
+        for row, asked in options.items():
+            if row >= num_rows:
+                continue
+            if asked.k is not None:
+                k[row], level[row] = asked.k, self.level_of(asked.k)
+            if asked.off:
+                dense[row] = OFF
+        if prompt:
             assert is_prefilling is not None
-            marks = torch.zeros(self.max_rows, dtype=torch.int8)
-            marks[: len(is_prefilling)] = is_prefilling.to(torch.int8)
-            self.row_dense.copy_(marks, non_blocking=True)
-        elif self._any_row_dense:
-            self.row_dense.zero_()
-        self._any_row_dense = any_now
+            dense[: len(is_prefilling)][is_prefilling] = PROMPT
+        self.row_k.copy_(k, non_blocking=True)
+        self.row_level.copy_(level, non_blocking=True)
+        self.row_dense.copy_(dense, non_blocking=True)
+        self._rows_differ = prompt or bool(options)
