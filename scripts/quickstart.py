@@ -47,7 +47,7 @@ def main() -> None:
             temperature=0,
         )
         seconds = time.monotonic() - started
-        summary = (getattr(answer, "kv_transfer_params", None) or {}).get("toptheta")
+        summary = getattr(answer, "toptheta", None)
         usage = answer.usage
         print(f"\nAnswer ({seconds:.0f} s): {(answer.choices[0].message.content or '').strip()}\n")
         if usage is None or summary is None:
@@ -55,7 +55,7 @@ def main() -> None:
         print(
             f"{usage.prompt_tokens} prompt tokens, {usage.completion_tokens} generated. "
             f"Decode read {summary['v_rows_read']:,} of {summary['v_rows_scored']:,} V rows "
-            f"({summary['v_row_fraction']:.1%}); each row kept {summary['kept_fraction']:.1%} of its keys "
+            f"({summary['v_rows_read'] / summary['v_rows_scored']:.1%}); each row kept {summary['kept_fraction']:.1%} of its keys "
             f"(k = {summary['k']:g})."
         )
 

@@ -31,11 +31,28 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "transformers", "tqdm", "vllm"},
         {"", "calibration", "config", "evaluation", "kernels", "model_identity", "thresholds", "threshold_store"},
     ),
-    "telemetry": ({"pydantic"}, {"telemetry"}),
-    "telemetry.carrier": ({"vllm"}, {"telemetry"}),
+    "request_options": ({"pydantic"}, set()),
+    "telemetry": (set(), {"telemetry", "request_options"}),
+    "telemetry.carrier": ({"torch", "vllm"}, {"telemetry"}),
+    "telemetry.delivery": ({"vllm"}, {"telemetry", "request_options"}),
+    "telemetry.prometheus": ({"prometheus_client"}, {"telemetry"}),
     "backend": (
         {"torch", "vllm"},
-        {"backend", "config", "kernels.api", "model_identity", "telemetry", "thresholds", "threshold_store"},
+        {
+            "backend",
+            "config",
+            "kernels.api",
+            "model_identity",
+            "request_options",
+            "telemetry",
+            "thresholds",
+            "threshold_store",
+        },
+    ),
+    "backend.registration": ({"vllm"}, {"backend", "serving.install", "telemetry"}),
+    "serving": (
+        {"fastapi", "starlette", "vllm"},
+        {"config", "request_options", "serving", "telemetry", "thresholds"},
     ),
 }
 

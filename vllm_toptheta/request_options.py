@@ -5,19 +5,12 @@ them agree on what a request means.
 """
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    StrictFloat,
-    StrictInt,
-    ValidationError,
-    field_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 PREFIX = "toptheta"
 EXAMPLE = '"vllm_xargs": {"toptheta_k": 128}'
@@ -29,33 +22,32 @@ class RequestOptions(BaseModel):
 
     Attributes:
         k: mean keys a row keeps; None takes the server's.
-        off: run every row of the request without pruning.
+        pruning: False runs every row of the request without.
         layers: show counts per layer in the response.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
-    k: StrictInt | StrictFloat | None = Field(
-        default=None, gt=0, allow_inf_nan=False, alias="toptheta_k"
-    )
-    off: bool = Field(default=False, alias="toptheta")
+    k: float | None = Field(default=None, alias="toptheta_k")
+    pruning: bool = Field(default=True, alias="toptheta")
     layers: bool = Field(default=False, alias="toptheta_layers")
 
     @field_validator("k", mode="before")
     @classmethod
-    def _no_boolean(cls, value: Any) -> Any:
-        if isinstance(value, bool):
-            raise ValueError("must be a number")
+    def _positive(cls, value: Any) -> Any:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (number and 0 < value < math.inf):
+            raise ValueError("must be a positive number")
         return value
 
-    @field_validator("off", mode="before")
+    @field_validator("pruning", mode="before")
     @classmethod
-    def _off(cls, value: Any) -> bool:
+    def _on_or_off(cls, value: Any) -> bool:
         # vLLM turns a JSON false into 0 on its way here.
         if value in ("off", False):
-            return True
-        if value in ("on", True):
             return False
+        if value in ("on", True):
+            return True
         raise ValueError('must be "off" or "on"')
 
     @field_validator("layers", mode="before")
@@ -64,6 +56,11 @@ class RequestOptions(BaseModel):
         if value in (True, False):
             return bool(value)
         raise ValueError("must be true or false")
+
+    @property
+    def off(self) -> bool:
+        """Whether the request runs without pruning."""
+        return not self.pruning
 
     @property
     def setting(self) -> str:
@@ -90,7 +87,7 @@ class RequestOptions(BaseModel):
             # Field names are not accepted from outside: only keys with the prefix get here.
             options = cls.model_validate(ours)
         except ValidationError as error:
-            problems = "; ".join(dict.fromkeys(_explain(item) for item in error.errors()))
+            problems = "; ".join(_explain(item) for item in error.errors())
             raise ValueError(f"{problems}. Options are {_names()}; for example {EXAMPLE}") from None
         if options.off and options.k is not None:
             raise ValueError(
@@ -151,7 +148,7 @@ def cache_salt(options: RequestOptions, salt: str | None) -> str | None:
     """
     if options.setting == "default" and not (salt or "").startswith(_SALT_PREFIX):
         return salt
-    setting = "off" if options.off else "default" if options.k is None else f"{float(options.k)!r}"
+    setting = "off" if options.off else "default" if options.k is None else repr(options.k)
     return f"{_SALT_PREFIX}{setting}:{salt or ''}"
 
 

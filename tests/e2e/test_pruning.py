@@ -23,8 +23,7 @@ def complete(client: OpenAI, characters: int, max_tokens: int = 16, **kwargs: An
 
 
 def summary(answer: Any) -> dict[str, Any]:
-    parameters: dict[str, Any] = answer.kv_transfer_params
-    result: dict[str, Any] = parameters["toptheta"]
+    result: dict[str, Any] = answer.toptheta
     return result
 
 

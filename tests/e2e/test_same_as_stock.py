@@ -31,8 +31,7 @@ def complete(client: OpenAI, prompt: str, **kwargs: Any) -> Any:
 
 
 def summary(answer: Any) -> dict[str, Any]:
-    parameters: dict[str, Any] = answer.kv_transfer_params
-    result: dict[str, Any] = parameters["toptheta"]
+    result: dict[str, Any] = answer.toptheta
     return result
 
 

@@ -1,42 +1,52 @@
-"""Counters per request: steps add up, summaries show ratios and dense reasons, requests that left are forgotten."""
+"""How counts are shown: ratios, dense reasons, layers."""
 
-from vllm_toptheta.telemetry.counters import FIELDS, RequestCounters, summarise
+from vllm_toptheta.telemetry.counters import FIELDS, add, split, summarise, summarise_layers, zeros
 
 
 def row(**values: int) -> list[int]:
     return [values.get(name, 0) for name in FIELDS]
 
 
-def test_steps_of_a_request_add_up_whatever_its_place_in_the_batch() -> None:
-    counters = RequestCounters(k=128)
-    counters.add(["a", "b"], [row(rows=2, keys_scored=100, keys_kept=10), row(rows=1)])
-    counters.add(["b", "a"], [row(rows=1), row(rows=2, keys_scored=102, keys_kept=11)])
-    summary = counters.summary("a")
-    assert summary is not None
-    assert (summary["rows"], summary["keys_scored"], summary["keys_kept"]) == (4, 202, 21)
-    assert summary["kept_fraction"] == round(21 / 202, 6)
-    assert counters.summary("b") == summarise(128, row(rows=2))
+def test_ratios_are_of_what_they_say() -> None:
+    counts = row(
+        rows=10,
+        keys_scored=1000,
+        keys_kept=350,
+        keys_dense=200,
+        keys_target=100,
+        v_rows_scored=300,
+        v_rows_read=120,
+        dense_short=4,
+    )
+    shown = summarise(128, counts)
+    assert (shown["k"], shown["rows"], shown["keys_kept"]) == (128, 10, 350)
+    assert shown["kept_fraction"] == 0.35
+    assert shown["v_row_reduction"] == 2.5
+    assert shown["target_ratio"] == 1.5, "dense rows have no target and keep everything"
+    assert shown["dense_rows"] == {"short": 4, "window": 0, "layer": 0, "off": 0, "prefill": 0}
 
 
-def test_padding_rows_without_a_request_are_dropped() -> None:
-    counters = RequestCounters(k=128)
-    counters.add(["a"], [row(rows=1), row(rows=7)])
-    assert counters.summary("a") == summarise(128, row(rows=1))
+def test_what_did_not_happen_has_no_ratio() -> None:
+    shown = summarise(None, row(dense_prefill=5))
+    assert [shown[name] for name in ("kept_fraction", "v_row_reduction", "target_ratio")] == [
+        None,
+        None,
+        None,
+    ]
 
 
-def test_dense_rows_are_shown_by_reason() -> None:
-    summary = summarise(64, row(rows=9, dense_short=4, dense_prefill=5))
-    assert summary["dense_rows"] == {"short": 4, "window": 0, "layer": 0, "prefill": 5}
+def test_layers_are_arrays() -> None:
+    layers = [row(rows=1, keys_scored=10, keys_kept=5), row(rows=2, keys_scored=10, keys_kept=1)]
+    shown = summarise_layers(layers)
+    assert shown["rows"] == [1, 2]
+    assert shown["kept_fraction"] == [0.5, 0.1]
 
 
-def test_a_request_without_decode_rows_has_no_fractions() -> None:
-    summary = summarise(64, row(dense_prefill=5))
-    assert summary["kept_fraction"] is None
-    assert summary["v_row_fraction"] is None
-
-
-def test_requests_that_left_are_forgotten() -> None:
-    counters = RequestCounters(k=128)
-    counters.add(["a"], [row(rows=1)])
-    counters.forget(["a", "never-seen"])
-    assert counters.summary("a") is None
+def test_flat_lists_are_cut_into_rows_and_added_up() -> None:
+    flat = list(range(2 * len(FIELDS)))
+    first, second = split(flat, 2)
+    assert first + second == flat
+    total = zeros()
+    add(total, first)
+    add(total, second)
+    assert total[0] == len(FIELDS)

@@ -74,11 +74,12 @@ def install_on_runner(runner_class: Any, *, count: bool) -> None:
                 record = _record(_batch_request_ids(self), received)
         STEP_LOG.end()
         output = sample(self, *args, **kwargs)
-        if record is None and count and (failures := take_failures("worker")):
-            record = StepRecord([], [], [], {}, failures)
-        if record is not None:
+        if count:
             with shielded("worker"):
-                _attach(output, record)
+                if record is None and (failures := take_failures("worker")):
+                    record = StepRecord([], [], [], {}, failures)
+                if record is not None:
+                    _attach(output, record)
         return output
 
     runner_class.execute_model, runner_class.sample_tokens = execute_model, sample_tokens

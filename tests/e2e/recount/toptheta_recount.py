@@ -1,0 +1,70 @@
+"""A vLLM plug-in for tests: writes down what the decode kernel returned, row by row, and makes
+telemetry fail on demand.
+
+It shares nothing with the package's telemetry: request ids come from vLLM's runner, which is looked
+up among all objects of the process, counts from the kernel's output tensors.
+"""
+
+import gc
+import json
+import os
+import sys
+from typing import Any
+
+
+def register() -> None:
+    """Replace the kernel before the backend imports it, and break telemetry where asked for."""
+    from vllm_toptheta.kernels import api
+
+    if hasattr(api.decode_attention, "original"):
+        return
+    original = api.decode_attention
+    runners: list[Any] = []
+    lines: list[Any] = []
+
+    def decode_attention(query: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(query, *args, **kwargs)
+        if not runners:
+            runner_class = sys.modules["vllm.v1.worker.gpu_model_runner"].GPUModelRunner
+            runners.append(next(o for o in gc.get_objects() if isinstance(o, runner_class)))
+            lines.append(open(os.environ["TOPTHETA_RECOUNT"], "a", buffering=1))  # noqa: SIM115
+        seq_lens = args[3]
+        request_ids = list(runners[0].input_batch.req_ids)
+        if len(request_ids) < len(seq_lens):  # warm-up
+            return result
+        rows = [
+            [name, seen, kept, read, dense]
+            for name, seen, kept, read, dense in zip(
+                request_ids,
+                seq_lens.tolist(),
+                kwargs["num_kept"].tolist(),
+                kwargs["v_rows_read"].tolist(),
+                kwargs["dense"].tolist(),
+                strict=False,
+            )
+        ]
+        lines[0].write(json.dumps(rows) + "\n")
+        return result
+
+    decode_attention.original = original  # type: ignore[attr-defined]
+    api.decode_attention = decode_attention
+    _break_on_demand()
+
+
+def _break_on_demand() -> None:
+    """Let telemetry raise in every process while a file exists."""
+    from vllm_toptheta.telemetry import delivery, ledger
+
+    switch = os.environ.get("TOPTHETA_BREAK", "")
+
+    def breaking(original: Any) -> Any:
+        def broken(*args: Any, **kwargs: Any) -> Any:
+            if switch and os.path.exists(switch):
+                raise RuntimeError("telemetry broken by the test")
+            return original(*args, **kwargs)
+
+        return broken
+
+    ledger.StepRecord.__init__ = breaking(ledger.StepRecord.__init__)  # type: ignore[method-assign]
+    ledger.Ledger.close = breaking(ledger.Ledger.close)  # type: ignore[method-assign]
+    delivery.Choice.show = breaking(delivery.Choice.show)  # type: ignore[method-assign]

@@ -1,0 +1,394 @@
+"""Counts of a real server under a mixed load: responses, metrics, a real Prometheus, and a recount
+of what the kernel returned agree exactly; options of requests; prefix-cache salts; failures.
+"""
+
+import asyncio
+import json
+import os
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from e2e.browser import PROGRAM, browser
+from e2e.conftest import ENV, OPTIONS
+from e2e.load import LAYERS, SHOWN, TEXT, Load, Recount, Sent, add_up, counts
+from e2e.scrape import prometheus, read_metric, read_metrics, wait_until_idle
+from openai import AsyncOpenAI, BadRequestError, OpenAI
+from server import Server
+
+KEY = "secret-of-the-test"
+NUM_REQUESTS = int(os.environ.get("TOPTHETA_LOAD", "200"))
+
+
+@dataclass
+class Running:
+    """A server with the test plug-in.
+
+    Attributes:
+        base: its URL.
+        client: for it.
+        model: name of the model.
+        recount: file of the recount.
+        broken: telemetry fails while this file exists.
+        log: file of its log.
+    """
+
+    base: str
+    client: OpenAI
+    model: str
+    recount: Path
+    broken: Path
+    log: Path
+
+    def get(self, path: str, key: str | None = KEY) -> Any:
+        """A JSON document of the server."""
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        with urllib.request.urlopen(urllib.request.Request(self.base + path, headers=headers)) as r:
+            return json.load(r)
+
+
+def start(model: Path, folder: Path, *args: str, env: dict[str, str] | None = None) -> Server:
+    options = {"k": 24, "min_kv_len": 64, "max_k": 512}
+    plug_ins = {
+        **ENV,
+        "PYTHONPATH": str(Path(__file__).parent / "recount"),
+        "TOPTHETA_RECOUNT": str(folder / "recount.jsonl"),
+        "TOPTHETA_BREAK": str(folder / "broken"),
+        **(env or {}),
+    }
+    more = ["--enforce-eager", "--max-num-seqs", "32", "--api-key", KEY, *args]
+    return Server(
+        model, *OPTIONS, *more, toptheta=options, log_path=folder / "server.log", env=plug_ins
+    )
+
+
+@pytest.fixture(scope="module")
+def running(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("telemetry")
+    plug_ins = {"VLLM_PLUGINS": "toptheta,toptheta_recount"}
+    with start(smollm2, folder, env=plug_ins) as server:
+        client = OpenAI(base_url=server.url, api_key=KEY, timeout=600, max_retries=0)
+        yield Running(
+            base=server.url.removesuffix("/v1"),
+            client=client,
+            model=client.models.list().data[0].id,
+            recount=folder / "recount.jsonl",
+            broken=folder / "broken",
+            log=server.log_path,
+        )
+
+
+@dataclass
+class Outcome:
+    """What a load left behind.
+
+    Attributes:
+        sent: the requests.
+        metrics: counters at rest.
+        scraped: what Prometheus says they are; None without one.
+        recount: of the kernel's tensors.
+    """
+
+    sent: list[Sent]
+    metrics: dict[tuple[str, str], float]
+    scraped: dict[tuple[str, str], float] | None
+    recount: Recount
+
+
+@pytest.fixture(scope="module")
+def outcome(running: Running, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    folder = tmp_path_factory.mktemp("prometheus")
+    with prometheus(running.base, folder) as scraper:
+        sent = send(running.base, running.model)
+        wait_until_idle(running.base)
+        metrics = read_metrics(running.base)
+        scraped = None
+        if scraper is not None:
+            time.sleep(3)  # three scrapes at rest
+            names = [key for key in metrics if key[0].endswith("_total")]
+            scraped = {}
+            for name, label in names:
+                series = scraper.query(f"vllm_toptheta_{name}")
+                values = [
+                    value for labels, value in series if not label or label in labels.values()
+                ]
+                scraped[name, label] = sum(values)
+    return Outcome(sent, metrics, scraped, Recount(running.recount))
+
+
+def send(base: str, model: str) -> list[Sent]:
+    async def go() -> list[Sent]:
+        client = AsyncOpenAI(base_url=base + "/v1", api_key=KEY, timeout=900, max_retries=0)
+        return await Load(client, model).send(NUM_REQUESTS)
+
+    return asyncio.run(go())
+
+
+def totals(metrics: dict[tuple[str, str], float], reported: bool = False) -> dict[str, float]:
+    """Counters by name, as `counts` names them."""
+    dense = ("short", "window", "layer", "off")
+    if reported:
+        result = {name: metrics["reported_total", name] for name in SHOWN}
+        return result | {"dense": sum(metrics["reported_total", f"dense_{r}"] for r in dense)}
+    result = {name: metrics[f"{name}_total", ""] for name in SHOWN}
+    return result | {"dense": sum(metrics["dense_rows_total", reason] for reason in dense)}
+
+
+def test_every_kind_of_request_ran_and_was_pruned(outcome: Outcome) -> None:
+    kinds = {sent.kind for sent in outcome.sent}
+    assert len(kinds) == 12
+    for sent in outcome.sent:
+        if sent.shown is not None and sent.kind not in ("off", "responses", "stop"):
+            assert 0 < sent.shown["keys_kept"] < sent.shown["keys_scored"], sent
+        if sent.kind == "off":
+            assert sent.shown is not None
+            assert sent.shown["k"] is None
+            assert sent.shown["dense_rows"]["off"] == sent.shown["rows"] > 0
+
+
+def test_every_response_shows_what_the_kernel_returned(outcome: Outcome) -> None:
+    for sent in outcome.sent:
+        if sent.shown is None:
+            continue
+        assert sent.response_id is not None
+        steps = outcome.recount.requests_of(sent.response_id)
+        if sent.kind == "stop":
+            # The engine runs on until it learns that the server found the stop string.
+            assert sent.completion_tokens is not None
+            before = steps[0][: sent.completion_tokens - 1] if steps else []
+            assert counts(sent.shown) == (before[-1] if before else add_up([])), sent
+            continue
+        assert counts(sent.shown) == add_up(request[-1] for request in steps), sent
+        if sent.kind in ("n", "prompts"):
+            shown = [counts(choice) for choice in sent.shown["choices"]]
+            assert sorted(map(str, shown)) == sorted(str(request[-1]) for request in steps)
+            assert [choice["index"] for choice in sent.shown["choices"]] == [0, 1]
+        elif sent.kind != "responses":
+            assert sent.completion_tokens is not None
+            assert sent.shown["rows"] == (sent.completion_tokens - 1) * 270
+        if sent.kind == "own k":
+            layers = sent.shown["layers"]
+            for name in SHOWN:
+                assert len(layers[name]) == LAYERS
+                assert sum(layers[name]) == sent.shown[name]
+
+
+def test_choices_stand_in_the_order_of_the_response(outcome: Outcome) -> None:
+    for sent in outcome.sent:
+        if sent.kind == "prompts":
+            assert sent.shown is not None
+            first, second = sent.shown["choices"]
+            assert first["keys_scored"] > second["keys_scored"], "the first prompt is longer"
+
+
+def test_metrics_are_the_recount_and_reported_is_the_sum_of_the_responses(
+    outcome: Outcome,
+) -> None:
+    responses = add_up(counts(sent.shown) for sent in outcome.sent if sent.shown is not None)
+    assert totals(outcome.metrics, reported=True) == responses
+    assert totals(outcome.metrics) == outcome.recount.total()
+    aborted = totals(outcome.metrics)["rows"] - responses["rows"]
+    assert aborted > 0, "aborted requests did nothing"
+    assert outcome.metrics["telemetry_errors_total", "server"] == 0
+    assert outcome.metrics["telemetry_errors_total", "worker"] == 0
+
+
+def test_prometheus_has_the_same_numbers(outcome: Outcome) -> None:
+    if outcome.scraped is None:
+        pytest.skip("needs the program prometheus: apt-get install prometheus")
+    assert totals(outcome.scraped) == outcome.recount.total()
+    for key, value in outcome.scraped.items():
+        assert value == outcome.metrics[key], key
+    settings = {
+        key[1]: value for key, value in outcome.scraped.items() if key[0] == "requests_total"
+    }
+    assert settings["off"] == sum(sent.kind == "off" for sent in outcome.sent)
+
+
+def test_the_page_shows_the_heads_of_the_same_rows(running: Running, outcome: Outcome) -> None:
+    stats = running.get("/toptheta/stats")
+    assert stats["heads_problem"] is None
+    cells = [cell for layer in stats["heads"] for cell in layer]
+    total = outcome.recount.total()
+    assert sum(kept for kept, _ in cells) >= total["keys_kept"]
+    assert len(cells) == 270
+    assert len(stats["requests"]) == 50
+    assert stats["total"]["rows"] >= total["rows"]
+    assert running.get("/toptheta/thresholds")["metadata"]["allocation"] == "lost_mass"
+    config = running.get("/toptheta/config")
+    assert config["requests_may_ask_for"] == {"min_k": 16, "max_k": 512, "off": True}
+    assert not any(TEXT[i : i + 30] in json.dumps(stats) for i in range(0, 4000, 10))
+
+
+def test_the_page_asks_for_the_key(running: Running) -> None:
+    for path in ("/toptheta/stats", "/toptheta/config", "/toptheta/thresholds"):
+        for key in (None, "wrong"):
+            with pytest.raises(urllib.error.HTTPError, match="401"):
+                running.get(path, key)
+    with urllib.request.urlopen(running.base + "/toptheta") as page:
+        text = page.read().decode()
+        assert "default-src 'none'" in page.headers["Content-Security-Policy"]
+    assert "http" not in text.replace("http://www.w3.org/2000/svg", ""), "an external asset"
+    assert running.model not in text
+
+
+@pytest.mark.skipif(PROGRAM is None, reason="needs the program chromium")
+def test_the_page_in_a_real_browser(running: Running, outcome: Outcome, tmp_path: Path) -> None:
+    evil = "<img src=x onerror=alert(1)>"
+    running.client.completions.create(
+        model=running.model, prompt="a", max_tokens=4, extra_headers={"X-Request-Id": evil}
+    )
+    shots = Path(os.environ.get("TOPTHETA_SCREENSHOTS", tmp_path))
+    with browser(tmp_path) as page:
+        page.open(running.base + "/toptheta", width=1200, height=900, dark=False)
+        page.wait("!document.getElementById('key').hidden")
+        assert page.run("document.getElementById('content').hidden")
+        page.problems.clear()  # the 401 that made the page ask
+        page.run(
+            f"document.querySelector('[name=key]').value = '{KEY}';"
+            "document.querySelector('#key button').click()"
+        )
+        for width, dark in ((1200, False), (1200, True), (390, False), (390, True)):
+            page.open(running.base + "/toptheta", width=width, height=844, dark=dark)
+            page.wait("!document.getElementById('content').hidden")
+            assert page.run("document.querySelectorAll('#heat rect').length") == LAYERS * 9
+            assert page.run("document.querySelectorAll('#requests tr').length") == 20
+            assert page.run("document.querySelectorAll('#drift rect').length") > 0
+            assert page.run("document.documentElement.scrollWidth") <= width, "scrolls sideways"
+            assert page.run("document.querySelectorAll('#requests img').length") == 0
+            assert evil in page.run("document.getElementById('requests').textContent")
+            ink, paper = page.run(
+                "['color', 'backgroundColor'].map((p) => getComputedStyle(document.body)[p])"
+            )
+            assert (sum(map(int, re.findall(r"\d+", ink))) > 380) == dark
+            assert (sum(map(int, re.findall(r"\d+", paper))) < 380) == dark
+            page.screenshot(shots / f"page-{width}-{'dark' if dark else 'light'}.png")
+        assert page.problems == []
+        assert {url.split("/toptheta")[0] for url in page.requested} <= {running.base, "data:,"}
+
+
+def test_a_log_line_tells_about_traffic(running: Running, outcome: Outcome) -> None:
+    lines = [line for line in running.log.read_text().splitlines() if "Top-theta: " in line]
+    assert lines
+    assert "V rows read" in lines[0]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"vllm_xargs": {"toptheta_k": 1}}, ["between 16 and 512"]),
+        ({"vllm_xargs": {"toptheta_k": 600}}, ["between 16 and 512"]),
+        ({"vllm_xargs": {"toptheta_kk": 32}}, ["unknown option", "toptheta_k"]),
+        ({"vllm_xargs": {"toptheta": "of"}}, ['"off" or "on"', "'of'"]),
+        ({"toptheta_k": 32}, ["vllm_xargs"]),
+    ],
+)
+def test_wrong_options_are_an_http_error_before_any_token(
+    running: Running, fields: dict[str, Any], words: list[str], stream: bool
+) -> None:
+    for send_to in ("completions", "chat", "responses"):
+        with pytest.raises(BadRequestError) as caught:
+            if send_to == "completions":
+                running.client.completions.create(
+                    model=running.model, prompt="a", stream=stream, extra_body=fields
+                )
+            elif send_to == "chat":
+                running.client.chat.completions.create(
+                    model=running.model,
+                    messages=[{"role": "user", "content": "a"}],
+                    stream=stream,
+                    extra_body=fields,
+                )
+            else:
+                running.client.responses.create(
+                    model=running.model, input="a", stream=stream, extra_body=fields
+                )
+        for word in ["toptheta", *words]:
+            assert word in str(caught.value)
+
+
+def test_without_the_key_nothing_is_told_about_options(running: Running) -> None:
+    body = json.dumps({"model": "m", "prompt": "a", "vllm_xargs": {"toptheta_k": 1}}).encode()
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(running.base + "/v1/completions", body, headers)
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(request)
+
+
+def test_requests_share_kv_only_under_the_same_settings(running: Running) -> None:
+    def hits(first: dict[str, Any], second: dict[str, Any], text: str) -> float:
+        for fields in (first, second):
+            before = read_metric(running.base, "vllm:prefix_cache_hits_total")
+            running.client.completions.create(
+                model=running.model, prompt=text, max_tokens=1, extra_body=fields
+            )
+        return read_metric(running.base, "vllm:prefix_cache_hits_total") - before
+
+    default: dict[str, Any] = {}
+    off = {"vllm_xargs": {"toptheta": "off"}}
+    k = {"vllm_xargs": {"toptheta_k": 48}}
+    same = {"vllm_xargs": {"toptheta_k": 24, "toptheta_layers": True}}
+    other = {"vllm_xargs": {"toptheta_k": 48}, "cache_salt": "mine"}
+    start = 30000
+    pairs = [(default, off, False), (off, k, False), (k, k, True), (off, off, True)]
+    pairs += [(default, same, True), (k, other, False), (other, other, True)]
+    for number, (first, second, shared) in enumerate(pairs):
+        text = TEXT[start + 2000 * number :][:1600]
+        assert (hits(first, second, text) > 0) == shared, (first, second)
+
+
+def test_failing_telemetry_fails_no_request_and_is_visible(
+    running: Running, outcome: Outcome
+) -> None:
+    running.broken.touch()
+    try:
+        answer = running.client.completions.create(
+            model=running.model, prompt="One two three", max_tokens=8
+        )
+        assert answer.choices[0].text
+        assert getattr(answer, "toptheta", None) is None
+        stream = running.client.completions.create(
+            model=running.model, prompt="One two three", max_tokens=8, stream=True
+        )
+        assert sum(1 for _ in stream) >= 8
+    finally:
+        running.broken.unlink()
+    answer = running.client.completions.create(model=running.model, prompt="One two", max_tokens=8)
+    assert answer.toptheta["rows"] > 0
+    wait_until_idle(running.base)
+    metrics = read_metrics(running.base)
+    for place in ("worker", "engine", "server"):
+        assert metrics["telemetry_errors_total", place] > 0, place
+        message = f"telemetry failed in the {place} process"
+        assert running.log.read_text().count(message) == 1, "logged once"
+
+
+def test_two_api_servers_add_up(smollm2: Path, tmp_path: Path) -> None:
+    with start(smollm2, tmp_path, "--api-server-count", "2") as server:
+        base = server.url.removesuffix("/v1")
+        with pytest.raises(urllib.error.HTTPError, match="404") as caught:
+            urllib.request.urlopen(base + "/toptheta")
+        assert "VLLM_PLUGINS=toptheta" in caught.value.read().decode()
+        shown = []
+        for number in range(12):
+            # A connection of its own for each, so that both processes serve some.
+            client = OpenAI(base_url=server.url, api_key=KEY, max_retries=0)
+            answer = client.completions.create(
+                model=client.models.list().data[0].id,
+                prompt=TEXT[400 * number :][:400],
+                max_tokens=8,
+                n=1 + number % 2,
+            )
+            shown.append(counts(answer.toptheta))
+            client.close()
+        wait_until_idle(base)
+        metrics = read_metrics(base)
+        assert totals(metrics) == totals(metrics, reported=True) == add_up(shown)
+        assert totals(metrics) == Recount(tmp_path / "recount.jsonl").total()

@@ -1,0 +1,131 @@
+"""Metrics and the log line from counts."""
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("prometheus_client")
+
+from prometheus_client import CollectorRegistry, generate_latest  # noqa: E402
+
+from vllm_toptheta.request_options import RequestOptions  # noqa: E402
+from vllm_toptheta.telemetry import live as live_module  # noqa: E402
+from vllm_toptheta.telemetry import shield  # noqa: E402
+from vllm_toptheta.telemetry.counters import FIELDS  # noqa: E402
+from vllm_toptheta.telemetry.delivery import Choice  # noqa: E402
+from vllm_toptheta.telemetry.live import Live  # noqa: E402
+from vllm_toptheta.telemetry.prometheus import DRIFT_WINDOW, Metrics  # noqa: E402
+
+
+def row(**values: int) -> list[int]:
+    return [values.get(name, 0) for name in FIELDS]
+
+
+@pytest.fixture
+def registry() -> Iterator[CollectorRegistry]:
+    before = list(shield.listeners)
+    yield CollectorRegistry()
+    shield.listeners[:] = before
+
+
+def make(registry: CollectorRegistry) -> Metrics:
+    return Metrics("m", {"k": "128"}, registry)
+
+
+def value(registry: CollectorRegistry, name: str, engine: str | None = "0", **labels: str) -> Any:
+    engines = {} if engine is None else {"engine": engine}
+    return registry.get_sample_value(
+        f"vllm_toptheta_{name}", {"model_name": "m", **engines, **labels}
+    )
+
+
+def test_counts_become_counters_by_engine(registry: CollectorRegistry) -> None:
+    metrics = make(registry)
+    counts = row(rows=9, keys_kept=5, dense_off=3)
+    metrics.counted(0, counts)
+    metrics.counted(1, counts)
+    metrics.counted(1, counts)
+    metrics.reported(counts)
+    assert value(registry, "rows_total") == 9
+    assert value(registry, "rows_total", "1") == 18
+    assert value(registry, "dense_rows_total", reason="off") == 3
+    assert value(registry, "dense_rows_total", reason="short") == 0, "there before it happens"
+    assert value(registry, "reported_total", count="keys_kept") == 5
+    assert value(registry, "info", None, k="128") == 1
+
+
+def test_a_finished_sequence_is_one_observation(registry: CollectorRegistry) -> None:
+    metrics = make(registry)
+    counts = row(rows=1, keys_scored=100, keys_kept=25, keys_target=20)
+    metrics.finished(Choice("x", 0, RequestOptions(k=64), 128, counts=counts), 0)
+    metrics.finished(Choice("y", 0, RequestOptions(), 128), 0)  # one token: nothing was decoded
+    assert value(registry, "request_kept_fraction_sum") == 0.25
+    assert value(registry, "request_target_ratio_sum") == 1.25
+    assert value(registry, "request_kept_fraction_count") == 1
+    assert value(registry, "requests_total", setting="k") == 1
+    assert value(registry, "requests_total", setting="default") == 1
+
+
+def test_drift_is_of_the_recent_past(registry: CollectorRegistry) -> None:
+    metrics = make(registry)
+    metrics.layers_counted(0, [row(keys_kept=300, keys_target=100), row()])
+    assert value(registry, "layer_target_ratio", layer="0") == 3
+    assert value(registry, "layer_target_ratio", layer="1") is None, "nothing was pruned"
+    for _ in range(DRIFT_WINDOW):
+        metrics.layers_counted(0, [row(keys_kept=130, keys_dense=30, keys_target=100), row()])
+    assert value(registry, "layer_target_ratio", layer="0") == 1
+    assert metrics.drift() == {0: [1.0, None]}
+
+
+def test_failures_of_every_process_are_counted(registry: CollectorRegistry) -> None:
+    metrics = make(registry)
+    metrics.failed(0, {"worker": 3})
+    with shield.shielded("server"):
+        raise RuntimeError("broken")
+    assert value(registry, "telemetry_errors_total", place="worker") == 3
+    assert value(registry, "telemetry_errors_total", place="server") == 1
+
+
+def test_names_and_labels_follow_vllms_conventions(registry: CollectorRegistry) -> None:
+    make(registry)
+    for line in generate_latest(registry).decode().splitlines():
+        if line.startswith("#") or line.startswith("vllm_toptheta_info"):
+            continue
+        assert line.startswith("vllm_toptheta_")
+        assert 'model_name="m"' in line
+        assert 'engine="0"' in line
+
+
+def test_the_log_line_comes_while_there_is_traffic(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    monkeypatch.setattr(live_module, "LOG_EVERY_S", 0.02)
+    caplog.set_level(logging.INFO)
+
+    async def traffic() -> None:
+        live = Live(log=True)
+        for _ in range(2):
+            live.counted(0, row(rows=10, keys_scored=100, keys_kept=25, keys_target=20))
+            live.counted(0, row(rows=10, keys_scored=100, keys_kept=25, keys_target=30))
+        await asyncio.sleep(0.1)  # and then none
+
+    asyncio.run(traffic())
+    lines = [record.message for record in caplog.records if "Top-theta" in record.message]
+    assert len(lines) == 1
+    for word in ("40 decode rows", "kept: 25.0%", "kept/target: 1.00"):
+        assert word in lines[0]
+
+
+def test_the_recent_past_is_bounded() -> None:
+    live = Live(log=False)
+    for number in range(live_module.REQUESTS_KEPT + 5):
+        live.finished(Choice(f"r{number}", 0, RequestOptions(), 128, layers=[row()]), 0)
+    shown = live.requests()
+    assert len(shown) == live_module.REQUESTS_KEPT
+    assert shown[0]["request_id"] == f"r{live_module.REQUESTS_KEPT + 4}"
+    assert "layers" not in shown[0]
+    assert len(live.v_rows_per_second()) == 60
