@@ -16,7 +16,7 @@ from vllm_toptheta.calibration.corpus import Corpus
 from vllm_toptheta.thresholds import KEEP_ALL, ThresholdTable
 
 LAYERS, HEADS, KV_HEADS, TOKENS = 4, 8, 4, 24
-K, KEEP_ALL_K = 24.0, 33.0
+K, KEEP_ALL_K = 20.0, 33.0
 TEXT = "".join(chr(32 + (i * i + 7 * i) % 90) for i in range(5000))
 PROMPTS = [
     [4 + (i * 37 + j * j * 11 + j) % 120 for j in range(n)] for i, n in enumerate((90, 257, 400))
@@ -49,27 +49,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder)
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(folder)
-    options = CalibrationOptions(num_tokens=4096, length=512)
+    options = CalibrationOptions(num_tokens=1024, length=512)
     table = calibrate(model, tokenizer, Corpus("made up", [TEXT], [1]), options, name="tiny/llama")
     with_keep_all(table).save(folder / "table.safetensors")
     return folder
 
 
 def with_keep_all(table: ThresholdTable) -> ThresholdTable:
-    """The levels 16 and 32, and one at KEEP_ALL_K that every key reaches: the whole Top-theta path,
+    """The two lowest levels, and one at KEEP_ALL_K that every key reaches: the whole Top-theta path,
     and dense answers.
     """
-    assert table.levels[:2].tolist() == [16, 32]
+    assert table.levels[0] <= K <= table.levels[1] < KEEP_ALL_K
 
     def extended(tensor: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
         return torch.cat([tensor[:2], last[None]])
 
     return replace(
         table,
-        levels=torch.tensor([16, 32, KEEP_ALL_K]),
+        levels=extended(table.levels, torch.tensor(KEEP_ALL_K)),
         theta=extended(table.theta, torch.full_like(table.theta[1], KEEP_ALL)),
         slope=extended(table.slope, torch.zeros_like(table.slope[1])),
-        head_k=extended(table.head_k, table.head_k[1] * KEEP_ALL_K / 32),
+        head_k=extended(table.head_k, table.head_k[1] * KEEP_ALL_K / table.levels[1]),
         lost_mass=extended(table.lost_mass, torch.zeros_like(table.lost_mass[1])),
     )
 
