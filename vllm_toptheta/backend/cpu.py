@@ -123,7 +123,7 @@ class StepCounts:
         decode: the decode rows, or None.
         rows: what was planned for them, or None.
         prefill_lens: [num_reqs] prompt tokens of every request in this step.
-        layers: index of every layer of this builder in the model.
+        layers: index of this builder's layers into an axis of all layers.
         num_layers: layers of the model.
         num_heads, num_kv_heads: of this rank.
         detail: batch rows of the requests that asked for counts per layer.
@@ -133,7 +133,7 @@ class StepCounts:
     decode: DecodeStep | None
     rows: RowPlan | None
     prefill_lens: torch.Tensor
-    layers: list[int]
+    layers: slice | list[int]
     num_layers: int
     num_heads: int
     num_kv_heads: int

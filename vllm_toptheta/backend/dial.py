@@ -97,7 +97,8 @@ class Dial:
     """Thresholds of one builder's layers, for any k that requests ask for.
 
     Attributes:
-        layers: index in the model of every layer of the builder.
+        layers: index of the builder's layers into an axis of all layers; a slice where they
+            follow each other.
     """
 
     def __init__(
@@ -117,8 +118,10 @@ class Dial:
             first_head: first query head of this rank.
             num_heads: query heads of this rank.
         """
-        self.layers = layers
+        in_a_row = layers == list(range(layers[0], layers[0] + len(layers)))
+        self.layers = slice(layers[0], layers[-1] + 1) if in_a_row else layers
         self._plan = plan
+        self._num_layers = len(layers)
         self._heads = (first_head, num_heads)
         by_window: dict[int | None, list[int]] = defaultdict(list)
         for slot, window in enumerate(windows):
@@ -182,7 +185,7 @@ class Dial:
         )
 
     def _empty(self, num_decodes: int) -> RowPlan:
-        shape = (len(self.layers), num_decodes)
+        shape = (self._num_layers, num_decodes)
         return RowPlan(
             visible=torch.empty(shape, dtype=torch.int64),
             theta=torch.empty((*shape, self._heads[1])),
