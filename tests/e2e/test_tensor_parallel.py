@@ -17,6 +17,8 @@ from vllm_toptheta.thresholds import KEEP_ALL, ThresholdTable
 
 LAYERS, HEADS, KV_HEADS, TOKENS = 4, 8, 4, 24
 K, KEEP_ALL_K = 20.0, 33.0
+# Not beside the weights: vLLM reads every safetensors file there as weights.
+TABLE = Path("thresholds") / "table.safetensors"
 TEXT = "".join(chr(32 + (i * i + 7 * i) % 90) for i in range(5000))
 PROMPTS = [
     [4 + (i * 37 + j * j * 11 + j) % 120 for j in range(n)] for i, n in enumerate((90, 257, 400))
@@ -51,13 +53,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save_pretrained(folder)
     options = CalibrationOptions(num_tokens=1024, length=512)
     table = calibrate(model, tokenizer, Corpus("made up", [TEXT], [1]), options, name="tiny/llama")
-    with_keep_all(table).save(folder / "table.safetensors")
+    with_keep_all(table).save(folder / TABLE)
     return folder
 
 
 def with_keep_all(table: ThresholdTable) -> ThresholdTable:
-    """The two lowest levels, and one at KEEP_ALL_K that every key reaches: the whole Top-theta path,
-    and dense answers.
+    """The two lowest levels, and one at KEEP_ALL_K that every key reaches: the whole Top-theta
+    path, and dense answers.
     """
     assert table.levels[0] <= K <= table.levels[1] < KEEP_ALL_K
 
@@ -90,7 +92,7 @@ class Outcome:
 
 
 def run(model: Path, folder: Path, *args: str) -> Outcome:
-    options = {"k": K, "min_kv_len": 32, "thresholds": str(model / "table.safetensors")}
+    options = {"k": K, "min_kv_len": 32, "thresholds": str(model / TABLE)}
     small = ["--dtype", "float32", "--max-model-len", "1024", "--enforce-eager"]
     small += ["--kv-cache-memory-bytes", str(1 << 28), "--max-num-seqs", "4"]
     # Two ranks on as many cores as there are: no binding.
@@ -184,7 +186,7 @@ def test_each_rank_has_the_thresholds_of_its_own_heads(
 
 
 def test_one_rank_of_two_holds_half_of_the_table(folder: Path) -> None:
-    table = ThresholdTable.load(folder / "table.safetensors")
+    table = ThresholdTable.load(folder / TABLE)
     parts = [table.slice_heads(0, HEADS // 2), table.slice_heads(HEADS // 2, HEADS)]
     for name in ("theta", "slope", "head_k"):
         joined = torch.cat([getattr(part, name) for part in parts], dim=2)
