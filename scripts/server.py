@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,6 +33,7 @@ class Server:
         toptheta: dict[str, Any] | None = None,
         log_path: Path,
         env: dict[str, str] | None = None,
+        program: Sequence[str | Path] = (VLLM, "serve"),
     ) -> None:
         """Start the server; `wait_ready` waits for it.
 
@@ -41,6 +43,7 @@ class Server:
             toptheta: options of the plug-in; None serves stock vLLM.
             log_path: file that takes the server's output.
             env: more environment variables.
+            program: what takes the arguments.
         """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -48,8 +51,7 @@ class Server:
         self.url = f"http://127.0.0.1:{port}/v1"
         self.log_path = log_path
         command = [
-            str(VLLM),
-            "serve",
+            *map(str, program),
             str(model),
             "--host",
             "127.0.0.1",

@@ -1,4 +1,5 @@
-"""The allowed imports of every module, enforced by walking the syntax trees; also what `import vllm_toptheta` loads."""
+"""The allowed imports of every module, enforced by walking the syntax trees; also what `import
+vllm_toptheta` loads."""
 
 import ast
 import subprocess
