@@ -8,6 +8,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import triton_interpreter  # noqa: E402
+
+triton_interpreter.load()
+
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:

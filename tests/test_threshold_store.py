@@ -10,6 +10,9 @@ from threshold_fixtures import FakeConfig, make_identity, make_table
 
 from vllm_toptheta.model_identity import ModelIdentity
 from vllm_toptheta.threshold_store import ThresholdStore, folder_name
+from vllm_toptheta.thresholds import ThresholdTable
+
+SHIPPED = sorted((Path(__file__).parent.parent / "thresholds").glob("*/*.safetensors"))
 
 
 @pytest.fixture
@@ -124,3 +127,17 @@ def test_identity_notices(fields: dict[str, object]) -> None:
 def test_identity_refuses_heads_that_differ_by_layer() -> None:
     with pytest.raises(ValueError, match="num_attention_heads is \\[4, 2\\]"):
         make_identity(num_attention_heads=[4, 2])
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.parent.name)
+def test_shipped_tables(path: Path) -> None:
+    table = ThresholdTable.load(path)
+    identity = table.metadata.identity
+    assert path.parent.name == folder_name(identity.name)
+    assert path.stat().st_size < 3 << 20
+    assert table.metadata.command.startswith(f"toptheta calibrate {identity.name} --tokens ")
+    assert ThresholdStore(user_dir=path.parent / "none").find("auto", identity).table.num_layers
+
+
+def test_there_is_a_shipped_table() -> None:
+    assert SHIPPED

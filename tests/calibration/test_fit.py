@@ -2,6 +2,8 @@
 where they help.
 """
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -84,6 +86,30 @@ def test_top_k_at_calibration_changes_only_what_deeper_layers_see() -> None:
 def test_a_larger_k_never_raises_theta() -> None:
     theta = fit(collect("llama"), levels=LEVELS).theta
     assert (theta.diff(dim=0) <= 0).all()
+
+
+def test_levels_do_not_cross_beyond_the_last_knot() -> None:
+    fitted = fit(collect("llama"), levels=LEVELS)
+    far = fitted.theta[..., -1] + 20 * fitted.slope
+    assert (far.diff(dim=0) <= 0).all()
+
+
+def test_kept_count_holds_beyond_the_calibrated_lengths() -> None:
+    statistics = collect("llama")
+    half = statistics.num_buckets - 4
+    shorter = dataclasses.replace(
+        statistics,
+        edges=statistics.edges[: half + 1],
+        count=statistics.count[:, :, :half],
+        mass=statistics.mass[:, :, :half],
+        rows=statistics.rows[:half],
+        row_tokens=statistics.row_tokens[:half],
+    )
+    fitted = fit(shorter, "uniform", (16,))
+    doubling = torch.tensor(float(LENGTH)).log2() - fitted.lengths[-1].log2()
+    theta = fitted.theta[0, ..., -1] + doubling * fitted.slope[0]
+    kept = kept_per_row(statistics, theta[..., None].expand(-1, -1, statistics.num_buckets))
+    assert float(kept[..., -1].mean()) == pytest.approx(16, rel=0.5)
 
 
 def test_behind_a_window_theta_does_not_move() -> None:

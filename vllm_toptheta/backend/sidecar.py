@@ -22,5 +22,11 @@ def enlarge_page(spec: Any, group_size: int) -> Any:
     """
     if spec.state_content_bytes is not None:
         return spec
-    layout = PageLayout(spec.block_size, spec.head_size, group_size)
+    if spec.head_size_v != spec.head_size:
+        raise ValueError(
+            f"toptheta needs K and V of one width, this model has {spec.head_size} and "
+            f"{spec.head_size_v}; serve it with another --attention-backend"
+        )
+    # The size per token does not depend on the block, whose size vLLM may still change.
+    layout = PageLayout(group_size, spec.head_size, group_size)
     return replace(spec, state_content_bytes=layout.content_elements * get_dtype_size(spec.dtype))

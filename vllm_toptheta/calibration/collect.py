@@ -108,9 +108,8 @@ class Collector:
     Attributes:
         model: a causal language model in eval mode.
         statistics: what has been collected so far.
-        tac_k: let every layer output what inference will (top-k at calibration): the keys above the
-            threshold that keeps tac_k of them per row on average, compensated; 0 leaves the model
-            dense.
+        tac_k: let every layer output its compensated top tac_k, as inference will (top-k at
+            calibration); 0 leaves the model dense.
         group_size: tokens per compensation group of that output.
         seed: of the choice of rows.
     """
@@ -145,9 +144,8 @@ class Collector:
             self._sample = self._choose_rows(document.numel())
             self._seen_layers.clear()
             with replaced_attention(self.model, self._attend), torch.inference_mode():
-                # Nobody reads the logits; one row of them instead of all saves a vocabulary-sized
-                # product per token.
-                self.model(document[None].to(self.model.device), use_cache=False, logits_to_keep=1)
+                # Without the language model's head: nobody reads the logits.
+                self.model.base_model(document[None].to(self.model.device), use_cache=False)
             if missing := set(range(len(self.statistics.windows))) - self._seen_layers:
                 raise ValueError(
                     f"layers {sorted(missing)} did not attend; models with such layers are "

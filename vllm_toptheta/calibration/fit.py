@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vllm_toptheta.calibration.collect import BUCKETS_PER_OCTAVE, ScoreStatistics
+from vllm_toptheta.calibration.collect import ScoreStatistics
 from vllm_toptheta.thresholds import KEEP_ALL
 
 LEVELS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
@@ -22,7 +22,11 @@ measured theta.
 """
 _BUDGETS_PER_OCTAVE = 4
 _SMALLEST_BUDGET = 2.0
-_SLOPE_OCTAVES = 1.5
+_SLOPE_OCTAVES = 2.0
+_SLOPE_MIN_RATIO = 2.0
+"""Knots of rows shorter than this many budgets say nothing about long rows: theta dives there."""
+_SLOPE_SHARE = 0.5
+"""Theta flattens as rows grow: half the trend predicts counts at 2 to 4 times the length best."""
 _ALLOCATION_OCTAVES = 2.0
 
 
@@ -90,7 +94,7 @@ def fit(
         )
     theta, lost = _invert(curves, head_k)
     theta = _smooth(theta)
-    slope = _slopes(theta, curves.lengths, statistics.windows)
+    slope = _slopes(theta, head_k, curves.lengths, statistics.windows)
     # Noise, smoothing and interpolation must not make a larger budget keep less.
     theta = theta.cummin(0).values
     weight = _allocation_weights(curves)
@@ -248,32 +252,34 @@ def _smooth(theta: Tensor) -> Tensor:
     return smooth
 
 
-def _slopes(theta: Tensor, lengths: Tensor, windows: list[int | None]) -> Tensor:
-    """Least-squares change of theta per doubling of the length over the longest rows; 0 behind a
-    window.
+def _slopes(theta: Tensor, head_k: Tensor, lengths: Tensor, windows: list[int | None]) -> Tensor:
+    """Expected change of theta per doubling of the length past the last knot; 0 behind a window.
+
+    A damped least-squares trend over the longest rows.
 
     Args:
         theta: [num_levels, num_layers, num_heads, num_buckets].
+        head_k: [num_levels, num_layers, num_heads].
         lengths: [num_buckets].
         windows: per layer, None for none.
 
     Returns:
-        [num_levels, num_layers, num_heads].
+        [num_levels, num_layers, num_heads], not growing with the level.
     """
     position = lengths.log2()
     tail = (position >= position[-1] - _SLOPE_OCTAVES) & (theta > KEEP_ALL)
+    tail = tail & (lengths >= _SLOPE_MIN_RATIO * head_k[..., None])
     weight = tail.double()
     total = weight.sum(-1, keepdim=True).clamp(min=1)
-    mean_position = (weight * position).sum(-1, keepdim=True) / total
+    deviation = (position - (weight * position).sum(-1, keepdim=True) / total) * weight
     measured = theta.masked_fill(~tail, 0.0)
-    mean_theta = measured.sum(-1, keepdim=True) / total
-    deviation = (position - mean_position) * weight
-    slope = (deviation * (measured - mean_theta)).sum(-1) / (deviation * deviation).sum(-1).clamp(
-        min=1e-9
-    )
+    slope = (deviation * measured).sum(-1) / (deviation * deviation).sum(-1).clamp(min=1e-9)
     # Few knots say little about a trend.
-    slope = slope.masked_fill(weight.sum(-1) < min(BUCKETS_PER_OCTAVE, 3), 0.0)
+    slope = slope.masked_fill(weight.sum(-1) < 3, 0.0) * _SLOPE_SHARE
     for layer, window in enumerate(windows):
         if window is not None and window < float(lengths[-1]):
             slope[:, layer] = 0.0
-    return slope
+    # Levels must not cross beyond the last knot: the mean of the two nearest monotone bounds.
+    falling = slope.cummin(0).values
+    rising = slope.flip(0).cummax(0).values.flip(0)
+    return (falling + rising) / 2

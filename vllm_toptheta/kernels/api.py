@@ -1,7 +1,7 @@
-"""The contract of the decode kernels: queries, a paged KV cache and thresholds in, outputs and counts out.
+"""The contract of the CPU decode kernels: queries, a paged KV cache and thresholds in, outputs out.
 
-The implementation is explicit: `impl="native"` (C++) or `impl="torch"`. A request is honoured or raises; ask
-`available_impl()` what this machine can do.
+The implementation is explicit: `impl="native"` (C++) or `impl="torch"`. A request is honoured or
+raises; ask `available_impl()` what this machine can do.
 """
 
 from dataclasses import dataclass
@@ -27,6 +27,7 @@ __all__ = [
 Impl = Literal["native", "torch"]
 
 _GROUP_SIZES = (16, 32, 64, 128)
+_MAX_BLOCK_SIZE = 512  # native/decode_avx2.cpp: kMaxUnits
 _CACHE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -50,10 +51,12 @@ class PageViews(NamedTuple):
 
     Attributes:
         key_cache: [num_blocks, num_kv_heads, head_dim, block_size], K as it is stored: transposed.
-        key_cache_vllm: [num_blocks, num_kv_heads, block_size, head_dim], the same memory in the shape that vLLM's
-            CPU operators expect; its last two dimensions must not be read as [token, dim].
+        key_cache_vllm: [num_blocks, num_kv_heads, block_size, head_dim], the same memory in the
+            shape that vLLM's CPU operators expect; its last two dimensions must not be read as
+            [token, dim].
         value_cache: [num_blocks, num_kv_heads, block_size, head_dim].
-        v_means: [num_blocks, num_kv_heads, block_size // group_size, head_dim], valid for complete groups.
+        v_means: [num_blocks, num_kv_heads, block_size // group_size, head_dim], valid for complete
+            groups.
     """
 
     key_cache: Tensor
@@ -64,10 +67,10 @@ class PageViews(NamedTuple):
 
 @dataclass(frozen=True)
 class PageLayout:
-    """What one (block, kv head) pair holds: K transposed, V, then the mean V of every group of tokens.
+    """What one (block, kv head) pair holds: K transposed, V, then the mean V of token groups.
 
     Attributes:
-        block_size: tokens per block, a multiple of 16.
+        block_size: tokens per block, a multiple of 16 up to 512.
         head_dim: a multiple of 16.
         group_size: tokens per compensation group: 16, 32, 64 or 128; divides block_size.
     """
@@ -77,8 +80,11 @@ class PageLayout:
     group_size: int
 
     def __post_init__(self) -> None:
-        if self.block_size <= 0 or self.block_size % 16:
-            raise ValueError(f"block_size must be a multiple of 16, got {self.block_size}")
+        if self.block_size % 16 or not 16 <= self.block_size <= _MAX_BLOCK_SIZE:
+            raise ValueError(
+                f"block_size must be a multiple of 16 up to {_MAX_BLOCK_SIZE}, "
+                f"got {self.block_size}"
+            )
         if self.head_dim <= 0 or self.head_dim % 16:
             raise ValueError(f"head_dim must be a multiple of 16, got {self.head_dim}")
         if self.group_size not in _GROUP_SIZES:
@@ -98,7 +104,8 @@ class PageLayout:
         """Split a page tensor into its parts.
 
         Args:
-            kv_cache: [num_blocks, num_kv_heads, block_size, content_elements], the last two dimensions contiguous.
+            kv_cache: [num_blocks, num_kv_heads, block_size, content_elements], the last two
+                dimensions contiguous.
 
         Raises:
             ValueError: the tensor does not have this layout.
@@ -123,23 +130,19 @@ class PageLayout:
     def check(self, kv_cache: Tensor) -> None:
         """Raise ValueError unless `kv_cache` has this layout."""
         content = self.content_elements
-        if (
-            kv_cache.dim() != 4
-            or kv_cache.shape[2] != self.block_size
-            or kv_cache.shape[3] != content
-        ):
+        shape, strides = kv_cache.shape, kv_cache.stride()
+        if len(shape) != 4 or shape[2:] != (self.block_size, content):
             raise ValueError(
                 "kv_cache must be [num_blocks, num_kv_heads, "
-                f"{self.block_size}, {content}] for {self}, got {list(kv_cache.shape)}"
+                f"{self.block_size}, {content}] for {self}, got {list(shape)}"
             )
-        if kv_cache.stride(3) != 1 or kv_cache.stride(2) != content:
+        if strides[2:] != (content, 1):
             raise ValueError(
-                "the last two dimensions of kv_cache must be contiguous, "
-                f"got strides {kv_cache.stride()}"
+                f"the last two dimensions of kv_cache must be contiguous, got strides {strides}"
             )
         if kv_cache.dtype not in _CACHE_DTYPES:
             raise ValueError(f"kv_cache must be one of {_CACHE_DTYPES}, got {kv_cache.dtype}")
-        if kv_cache.device.type != "cpu":
+        if not kv_cache.is_cpu:
             raise ValueError(f"kv_cache must be on the CPU, got {kv_cache.device}")
 
 
@@ -148,11 +151,12 @@ def update_v_means(
 ) -> None:
     """Store the mean V of every group whose last slot is in `slot_mapping`.
 
-    Call it after each write to the cache, with the slots that were written. A group that is not complete has no valid
-    mean, and no kernel reads it.
+    Call it after each write to the cache, with the slots that were written. A group that is not
+    complete has no valid mean, and no kernel reads it.
 
     Args:
-        kv_cache: [num_blocks, num_kv_heads, block_size, content], see PageLayout; its means are updated.
+        kv_cache: [num_blocks, num_kv_heads, block_size, content], see PageLayout; its means are
+            updated.
         layout: the page layout.
         slot_mapping: [num_tokens] int64, block * block_size + offset; negative entries are padding.
         impl: "native" or "torch".
@@ -193,20 +197,22 @@ def decode_attention(
     num_splits: int | None = None,
     num_threads: int | None = None,
 ) -> None:
-    """Attend one query token per sequence to its cached keys, keeping the keys whose score reaches theta.
+    """Attend one query token per sequence to those cached keys whose score reaches theta.
 
-    The denominator runs over all visible keys and a row's best key is always kept; with `compensation` the mass that
-    a group of tokens loses is multiplied with the mean V of the group's visible keys. The kept set depends neither on
-    the batch nor on how the work is cut.
+    The denominator runs over all visible keys and a row's best key is always kept; with
+    `compensation` the mass that a group of tokens loses is multiplied with the mean V of the
+    group's visible keys. The kept set depends neither on the batch nor on how the work is cut.
 
     Args:
         query: [num_seqs, num_heads, head_dim] in the cache dtype; the first stride is free.
         kv_cache: [num_blocks, num_kv_heads, block_size, content], see PageLayout.
         layout: the page layout.
-        block_table: [num_seqs, max_blocks] int32, the first stride is free; only entries of visible keys are read.
-        seq_lens: [num_seqs] int32, cached keys of the row, its own included; 0 for padding, which yields zeros.
-        theta: [num_seqs, num_heads] float32, units of q.k * sm_scale (after soft cap); -inf keeps all keys. The
-            first stride is free.
+        block_table: [num_seqs, max_blocks] int32, the first stride is free; only entries of visible
+            keys are read.
+        seq_lens: [num_seqs] int32, cached keys of the row, its own included; 0 for padding, which
+            yields zeros.
+        theta: [num_seqs, num_heads] float32, units of q.k * sm_scale (after soft cap); -inf keeps
+            all keys. The first stride is free.
         sm_scale: factor on q.k.
         dense: [num_seqs] bool, rows that take the dense path and ignore theta.
         compensation: whether the lost mass goes to the group means, or is dropped.
@@ -215,13 +221,15 @@ def decode_attention(
         sinks: [num_heads] float32, an extra logit in the denominator; None for none.
         out: [num_seqs, num_heads, head_dim] in the cache dtype, written; the first stride is free.
         num_kept: [num_seqs, num_heads] int32, written: keys kept (all visible ones on dense rows).
-        v_rows_read: [num_seqs, num_kv_heads] int32, written: V rows that any head of the group keeps.
+        v_rows_read: [num_seqs, num_kv_heads] int32, written: V rows that any head of the group
+            keeps.
         impl: "native" or "torch".
         num_splits: parts a row is cut into (native); None lets the kernel choose.
         num_threads: threads (native); None for torch's number.
 
     Raises:
-        ValueError: an argument has another shape, dtype or layout, or a block id lies outside the cache.
+        ValueError: an argument has another shape, dtype or layout, or a block id lies outside the
+            cache.
         RuntimeError: `impl` is not available here.
     """
     _check_decode(
@@ -241,17 +249,17 @@ def decode_attention(
             block_table,
             seq_lens,
             theta,
-            sm_scale=sm_scale,
-            dense=dense,
-            compensation=compensation,
-            window=window,
-            soft_cap=soft_cap,
-            sinks=sinks,
-            out=out,
-            num_kept=num_kept,
-            v_rows_read=v_rows_read,
-            num_splits=num_splits,
-            num_threads=num_threads,
+            sm_scale,
+            dense,
+            compensation,
+            window,
+            soft_cap,
+            sinks,
+            out,
+            num_kept,
+            v_rows_read,
+            num_splits,
+            num_threads,
         )
     elif impl == "torch":
         cpu.decode_attention_torch(
@@ -261,15 +269,15 @@ def decode_attention(
             block_table,
             seq_lens,
             theta,
-            sm_scale=sm_scale,
-            dense=dense,
-            compensation=compensation,
-            window=window,
-            soft_cap=soft_cap,
-            sinks=sinks,
-            out=out,
-            num_kept=num_kept,
-            v_rows_read=v_rows_read,
+            sm_scale,
+            dense,
+            compensation,
+            window,
+            soft_cap,
+            sinks,
+            out,
+            num_kept,
+            v_rows_read,
         )
     else:
         raise _unknown_impl(impl)
@@ -288,43 +296,53 @@ def _check_decode(
     v_rows_read: Tensor,
 ) -> None:
     layout.check(kv_cache)
-    if query.dim() != 3:
-        raise ValueError(f"query must be [num_seqs, num_heads, head_dim], got {list(query.shape)}")
+    if query.dim() != 3 or block_table.dim() != 2:
+        raise ValueError(
+            "query must be [num_seqs, num_heads, head_dim] and block_table [num_seqs, max_blocks], "
+            f"got {list(query.shape)} and {list(block_table.shape)}"
+        )
     num_seqs, num_heads, _ = query.shape
-    num_kv_heads = kv_cache.shape[1]
+    num_kv_heads, head_dim = kv_cache.shape[1], layout.head_dim
     if num_heads % num_kv_heads:
         raise ValueError(f"num_heads {num_heads} is not a multiple of num_kv_heads {num_kv_heads}")
-    row = (num_seqs, num_heads, layout.head_dim)
-    _check("query", query, row, kv_cache.dtype, free_stride=True)
-    _check("out", out, row, kv_cache.dtype, free_stride=True)
-    _check("theta", theta, (num_seqs, num_heads), torch.float32, free_stride=True)
+    row, heads = (num_seqs, num_heads, head_dim), (num_seqs, num_heads)
+    _check_rows("query", query, row, kv_cache.dtype, (head_dim, 1))
+    _check_rows("out", out, row, kv_cache.dtype, (head_dim, 1))
+    _check_rows("theta", theta, heads, torch.float32, (1,))
+    _check_rows("block_table", block_table, (num_seqs, block_table.shape[1]), torch.int32, (1,))
     _check("seq_lens", seq_lens, (num_seqs,), torch.int32)
     _check("dense", dense, (num_seqs,), torch.bool)
-    _check("num_kept", num_kept, (num_seqs, num_heads), torch.int32)
+    _check("num_kept", num_kept, heads, torch.int32)
     _check("v_rows_read", v_rows_read, (num_seqs, num_kv_heads), torch.int32)
-    if block_table.dim() != 2:
-        raise ValueError(
-            f"block_table must be [num_seqs, max_blocks], got {list(block_table.shape)}"
-        )
-    width = block_table.shape[1]
-    _check("block_table", block_table, (num_seqs, width), torch.int32, free_stride=True)
 
 
-def _check(
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Raise ValueError unless the tensor has this shape and dtype and is contiguous."""
+    if tensor.shape != shape or tensor.dtype is not dtype or not tensor.is_cpu:
+        raise _wrong_tensor(name, tensor, shape, dtype)
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+
+
+def _check_rows(
     name: str,
     tensor: Tensor,
     shape: tuple[int, ...],
     dtype: torch.dtype,
-    *,
-    free_stride: bool = False,
+    row_strides: tuple[int, ...],
 ) -> None:
-    """Raise ValueError unless the tensor has this shape and dtype and is contiguous (but for the first stride)."""
-    if tensor.shape != shape or tensor.dtype != dtype or tensor.device.type != "cpu":
-        wanted = f"{list(shape)} {dtype} on the CPU"
-        raise ValueError(f"{name} must be {wanted}, got {_describe(tensor)}")
-    if not tensor.is_contiguous() and not (free_stride and shape[0] and tensor[0].is_contiguous()):
-        inner = "all dimensions but the first" if free_stride else "all dimensions"
-        raise ValueError(f"{inner} of {name} must be contiguous, got strides {tensor.stride()}")
+    """Like _check, with any stride between the rows."""
+    if tensor.shape != shape or tensor.dtype is not dtype or not tensor.is_cpu:
+        raise _wrong_tensor(name, tensor, shape, dtype)
+    if tensor.stride()[1:] != row_strides and not tensor.is_contiguous():
+        raise ValueError(f"the rows of {name} must be contiguous, got strides {tensor.stride()}")
+
+
+def _wrong_tensor(
+    name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype
+) -> ValueError:
+    wanted = f"{list(shape)} {dtype} on the CPU"
+    return ValueError(f"{name} must be {wanted}, got {_describe(tensor)}")
 
 
 def _describe(tensor: Tensor) -> str:

@@ -1,4 +1,7 @@
-"""Compiles the C++ kernels: sources in native/ in, one shared library out; needs a C++17 compiler, no headers."""
+"""Compiles the C++ kernels: sources in native/ in, one shared library out.
+
+It needs a C++17 compiler with OpenMP, and neither torch nor Python headers.
+"""
 
 import os
 import platform
@@ -15,6 +18,7 @@ _SOURCE_DIR = Path(__file__).resolve().parent / "native"
 _SOURCES = {
     "library.cpp": [],
     "decode_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+    "v_means_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
 }
 _FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 
@@ -22,7 +26,8 @@ _FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-Wal
 def build_native(output_dir: Path) -> Path:
     """Compile the native kernels into a directory.
 
-    The library is replaced atomically, so a process that has it loaded keeps its copy. The compiler is $CXX, or g++.
+    The library is replaced atomically, so a process that has it loaded keeps its copy. The compiler
+    is $CXX, or g++.
 
     Args:
         output_dir: existing directory that receives the library.
@@ -31,7 +36,8 @@ def build_native(output_dir: Path) -> Path:
         The path of the library.
 
     Raises:
-        RuntimeError: the machine is not x86-64, there is no compiler, or it failed (with its output).
+        RuntimeError: the machine is not x86-64, there is no compiler, or it failed (with its
+            output).
     """
     if platform.machine() not in ("x86_64", "AMD64"):
         raise RuntimeError(

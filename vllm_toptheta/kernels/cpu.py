@@ -1,7 +1,7 @@
 """CPU implementations: the paged cache and a step's queries in, attention outputs and counts out.
 
-`native` runs the C++ library over ctypes; `torch` is the same mathematics in plain PyTorch for machines without it.
-Arguments arrive validated from api.py.
+`native` runs the C++ library over ctypes; `torch` is the same mathematics in plain PyTorch for
+machines without it. Arguments arrive validated from api.py.
 """
 
 import ctypes
@@ -41,10 +41,10 @@ class _DecodeArgs(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("query_stride", "out_stride", "block_stride")),
         *((name, ctypes.c_int64) for name in ("head_stride", "block_table_stride")),
         *((name, ctypes.c_int64) for name in ("theta_stride", "num_blocks")),
-        *((name, ctypes.c_int32) for name in ("num_seqs", "num_heads", "num_kv_heads")),
-        *((name, ctypes.c_int32) for name in ("head_dim", "block_size", "group_size")),
-        *((name, ctypes.c_int32) for name in ("compensation", "window", "dtype")),
-        *((name, ctypes.c_int32) for name in ("num_splits", "num_threads")),
+        *((name, ctypes.c_int32) for name in ("max_blocks", "num_seqs", "num_heads")),
+        *((name, ctypes.c_int32) for name in ("num_kv_heads", "head_dim", "block_size")),
+        *((name, ctypes.c_int32) for name in ("group_size", "compensation", "window")),
+        *((name, ctypes.c_int32) for name in ("dtype", "num_splits", "num_threads")),
         *((name, ctypes.c_float) for name in ("sm_scale", "soft_cap")),
     )
 
@@ -78,7 +78,8 @@ class NativeLibrary:
 def load_native() -> NativeLibrary:
     """Load the native library once per process.
 
-    torch is imported before this runs, so that the library binds to torch's OpenMP runtime and shares its threads.
+    torch is imported before this runs, so that the library binds to torch's OpenMP runtime and
+    shares its threads.
     """
     path = Path(__file__).resolve().parent / LIBRARY_NAME
     if not path.exists():
@@ -112,10 +113,11 @@ def _native() -> ctypes.CDLL:
 
 
 def _check_status(status: int) -> None:
+    if status == 0:
+        return
     if status == _BLOCK_OUT_OF_RANGE:
         raise ValueError(_STATUS[status])
-    if status:
-        raise RuntimeError(f"native kernel failed: {_STATUS.get(status, status)}")
+    raise RuntimeError(f"native kernel failed: {_STATUS.get(status, status)}")
 
 
 def update_v_means_native(kv_cache: Tensor, layout: "PageLayout", slot_mapping: Tensor) -> None:
@@ -143,7 +145,6 @@ def decode_attention_native(
     block_table: Tensor,
     seq_lens: Tensor,
     theta: Tensor,
-    *,
     sm_scale: float,
     dense: Tensor,
     compensation: bool,
@@ -153,16 +154,20 @@ def decode_attention_native(
     out: Tensor,
     num_kept: Tensor,
     v_rows_read: Tensor,
-    num_splits: int | None = None,
-    num_threads: int | None = None,
+    num_splits: int | None,
+    num_threads: int | None,
 ) -> None:
     """`api.decode_attention` in C++.
 
     Args:
         query: see api.py, as all arguments but these two.
-        num_splits: parts a row is cut into; None lets the kernel choose. Outputs differ by rounding only.
+        num_splits: parts a row is cut into; None lets the kernel choose. Outputs differ by rounding
+            only.
         num_threads: None for as many as torch uses.
     """
+    num_seqs, num_heads, _ = query.shape
+    num_blocks, num_kv_heads, _, _ = kv_cache.shape
+    block_stride, head_stride, _, _ = kv_cache.stride()
     args = _DecodeArgs(
         query.data_ptr(),
         kv_cache.data_ptr(),
@@ -174,16 +179,17 @@ def decode_attention_native(
         out.data_ptr(),
         num_kept.data_ptr(),
         v_rows_read.data_ptr(),
-        query.stride(0),
-        out.stride(0),
-        kv_cache.stride(0),
-        kv_cache.stride(1),
-        block_table.stride(0),
-        theta.stride(0),
-        kv_cache.shape[0],
-        query.shape[0],
-        query.shape[1],
-        kv_cache.shape[1],
+        query.stride()[0],
+        out.stride()[0],
+        block_stride,
+        head_stride,
+        block_table.stride()[0],
+        theta.stride()[0],
+        num_blocks,
+        block_table.shape[1],
+        num_seqs,
+        num_heads,
+        num_kv_heads,
         layout.head_dim,
         layout.block_size,
         layout.group_size,
@@ -207,7 +213,7 @@ def update_v_means_torch(kv_cache: Tensor, layout: "PageLayout", slot_mapping: T
     if int(last.max()) >= kv_cache.shape[0] * block_size:
         raise ValueError(_STATUS[_BLOCK_OUT_OF_RANGE])
     views = layout.views(kv_cache)
-    groups = views.value_cache.unflatten(2, (-1, group_size))
+    groups = views.value_cache.view(*kv_cache.shape[:2], -1, group_size, layout.head_dim)
     block, group = last // block_size, last % block_size // group_size
     # Two indices around a slice: the result is [num_groups, num_kv_heads, group_size, head_dim].
     means = groups[block, :, group].float().mean(-2)
@@ -221,7 +227,6 @@ def decode_attention_torch(
     block_table: Tensor,
     seq_lens: Tensor,
     theta: Tensor,
-    *,
     sm_scale: float,
     dense: Tensor,
     compensation: bool,
@@ -248,13 +253,15 @@ def decode_attention_torch(
         begin = max(end - window, 0) if window else 0
         first = begin // block_size
         blocks = block_table[seq, first : (end + block_size - 1) // block_size].long()
-        if int(blocks.min()) < 0 or int(blocks.max()) >= kv_cache.shape[0]:
+        if end > block_table.shape[1] * block_size or not (
+            0 <= int(blocks.min()) <= int(blocks.max()) < kv_cache.shape[0]
+        ):
             raise ValueError(_STATUS[_BLOCK_OUT_OF_RANGE])
         visible = slice(begin - first * block_size, end - first * block_size)
         # Only visible slots are touched: the others may hold anything, NaN included.
         key = views.key_cache[blocks].permute(1, 2, 0, 3).flatten(2)[..., visible].float()
         value = views.value_cache[blocks].transpose(0, 1).flatten(1, 2)[:, visible].float()
-        grouped = query[seq].float().unflatten(0, (num_kv_heads, -1))
+        grouped = query[seq].float().view(num_kv_heads, -1, layout.head_dim)
         scores = (grouped @ key) * sm_scale
         if soft_cap:
             scores = soft_cap * torch.tanh(scores / soft_cap)

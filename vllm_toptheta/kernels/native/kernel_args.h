@@ -28,6 +28,7 @@ struct ToptDecodeArgs {
   int32_t* v_rows_read;        // [num_seqs][num_kv_heads]
   int64_t query_stride, out_stride, block_stride, head_stride, block_table_stride, theta_stride;  // elements
   int64_t num_blocks;
+  int32_t max_blocks;  // entries in a row of the block table
   int32_t num_seqs, num_heads, num_kv_heads, head_dim, block_size;
   int32_t group_size;    // tokens per compensation group
   int32_t compensation;  // nonzero: the lost mass of a group goes to its mean V

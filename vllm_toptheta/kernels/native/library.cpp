@@ -1,18 +1,21 @@
 // The exported C functions. This file is compiled for the baseline ISA, so that an old CPU can ask what it may run.
 #include "kernel_args.h"
 
+#define EXPORT __attribute__((visibility("default")))
+
 extern "C" {
 
 // Changes with every change of the structs; Python refuses another number.
-__attribute__((visibility("default"))) int32_t topt_abi_version() { return 1; }
+EXPORT int32_t topt_abi_version() { return 1; }
 
-__attribute__((visibility("default"))) int32_t topt_cpu_supported() {
+EXPORT int32_t topt_cpu_supported() {
   __builtin_cpu_init();
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
 }
 
-__attribute__((visibility("default"))) int32_t topt_decode(const ToptDecodeArgs* args) { return topt_decode_avx2(*args); }
+EXPORT int32_t topt_decode(const ToptDecodeArgs* args) { return topt_decode_avx2(*args); }
 
-__attribute__((visibility("default"))) int32_t topt_update_v_means(const ToptMeansArgs* args) { return topt_update_v_means_avx2(*args); }
+EXPORT int32_t topt_update_v_means(const ToptMeansArgs* args) { return topt_update_v_means_avx2(*args); }
 
 }  // extern "C"

@@ -1,6 +1,6 @@
 // The inner loops of decode attention on one page: scores, softmax, and weighted sums of V rows.
 //
-// Every tile is a small function that is not inlined: inlined into the driver GCC spills the accumulators.
+// Every loop over tiles is a function that is not inlined: inlined into the driver GCC spills the accumulators.
 // A score is one chain of fused multiply-adds over the dimensions in ascending order, whatever the tile, so that
 // scores, and with them the kept set, do not depend on how the work is cut.
 #pragma once
@@ -25,7 +25,7 @@ TOPT_INLINE void keep_order() { asm volatile("" ::: "memory"); }
 // Adds q.k of `num_dims` dimensions to the scores of 16 * NT tokens and GT heads.
 // k: [num_dims][k_stride]; q: [num_dims][GT]; s: [GT][s_stride]. Returns the advanced prefetch pointer.
 template <class T, int GT, int NT, bool PREFETCH>
-TOPT_TILE const char* score_tile(const T* __restrict k, int k_stride, const float* __restrict q, int num_dims,
+TOPT_INLINE const char* score_tile(const T* __restrict k, int k_stride, const float* __restrict q, int num_dims,
                                  bool first, bool last, float* __restrict s, int s_stride, const char* ahead) {
   __m256 acc[GT][2 * NT];
   TOPT_UNROLL for (int g = 0; g < GT; g++) TOPT_UNROLL for (int i = 0; i < 2 * NT; i++)
@@ -66,8 +66,8 @@ TOPT_TILE const char* score_tile(const T* __restrict k, int k_stride, const floa
 
 // Scores of tokens [begin, end), multiples of 16, over one chunk of dimensions.
 template <class T, int GT, bool PREFETCH>
-const char* score_chunk(const T* k, int k_stride, const float* q, int num_dims, bool first, bool last, float* s,
-                        int s_stride, int begin, int end, const char* ahead) {
+TOPT_TILE const char* score_chunk(const T* k, int k_stride, const float* q, int num_dims, bool first, bool last,
+                                  float* s, int s_stride, int begin, int end, const char* ahead) {
   constexpr int NT = GT == 1 ? 4 : GT == 4 ? 1 : 2;  // enough independent chains to fill the FMA pipes
   int t = begin;
   for (; t + 16 * NT <= end; t += 16 * NT)
@@ -80,7 +80,7 @@ const char* score_chunk(const T* k, int k_stride, const float* q, int num_dims, 
 // Adds the p-weighted sum of V rows to 16 * NC columns of the accumulators of GT heads.
 // v: [num_rows][head_dim]; p: [GT][p_stride]; acc: [GT][head_dim], in the order of Elem<T>::load16.
 template <class T, int GT, int NC, bool PREFETCH>
-TOPT_TILE const char* value_tile(const T* __restrict v, int head_dim, int num_rows, const float* __restrict p,
+TOPT_INLINE const char* value_tile(const T* __restrict v, int head_dim, int num_rows, const float* __restrict p,
                                  int p_stride, float* __restrict acc, const char* ahead) {
   __m256 sum[GT][2 * NC];
   TOPT_UNROLL for (int g = 0; g < GT; g++) TOPT_UNROLL for (int i = 0; i < 2 * NC; i++)
@@ -111,8 +111,8 @@ TOPT_TILE const char* value_tile(const T* __restrict v, int head_dim, int num_ro
 }
 
 template <class T, int GT, bool PREFETCH>
-const char* value_chunk(const T* v, int head_dim, int num_rows, const float* p, int p_stride, float* acc,
-                        const char* ahead) {
+TOPT_TILE const char* value_chunk(const T* v, int head_dim, int num_rows, const float* p, int p_stride, float* acc,
+                                  const char* ahead) {
   constexpr int NC = GT == 1 ? 4 : GT == 4 ? 1 : 2;
   int c = 0;
   for (; c + 16 * NC <= head_dim; c += 16 * NC)
@@ -190,14 +190,20 @@ TOPT_TILE float exponentials(float* __restrict s, int begin, int end, float max,
   return horizontal_sum(_mm256_add_ps(sum0, sum1));
 }
 
-// p = (kept ? p : 0) + spread for 16 tokens.
-TOPT_INLINE void mask_and_spread(float* p, uint32_t kept, float spread) {
-  const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-  const __m256 add = _mm256_set1_ps(spread);
-  TOPT_UNROLL for (int half = 0; half < 2; half++) {
-    const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(kept >> (8 * half))), bit);
-    const __m256 mask = _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, bit));
-    _mm256_store_ps(p + 8 * half, _mm256_add_ps(_mm256_and_ps(mask, _mm256_load_ps(p + 8 * half)), add));
+// p = (kept ? p : 0) + lost of the token's group * share, tokens [begin, end), multiples of 16.
+// lost: one value per group of 2^group_shift tokens; share: one value per 16 tokens.
+TOPT_TILE void mask_and_spread(float* __restrict p, int begin, int end, const uint64_t* __restrict kept,
+                               const float* __restrict lost, int group_shift, const float* __restrict share) {
+  const __m256i low = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128), high = _mm256_slli_epi32(low, 8);
+  for (int t = begin; t < end; t += 16) {
+    const __m256 spread = _mm256_set1_ps(lost[t >> group_shift] * share[t / 16]);
+    const __m256i bits = _mm256_set1_epi32(static_cast<int>(kept[t / 64] >> (t % 64)));
+    const __m256i k0 = _mm256_cmpeq_epi32(_mm256_and_si256(bits, low), low);
+    const __m256i k1 = _mm256_cmpeq_epi32(_mm256_and_si256(bits, high), high);
+    const __m256 p0 = _mm256_and_ps(_mm256_castsi256_ps(k0), _mm256_load_ps(p + t));
+    const __m256 p1 = _mm256_and_ps(_mm256_castsi256_ps(k1), _mm256_load_ps(p + t + 8));
+    _mm256_store_ps(p + t, _mm256_add_ps(p0, spread));
+    _mm256_store_ps(p + t + 8, _mm256_add_ps(p1, spread));
   }
 }
 
