@@ -190,5 +190,3 @@ def visible_keys(case: PrefillCase) -> float:
 def visible_v_tiles(case: PrefillCase, tile: int) -> float:
     """V tiles that a row sees on average."""
     return float(((case.row_lens + tile - 1) // tile).double().mean())
-
-

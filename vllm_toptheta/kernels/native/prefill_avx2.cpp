@@ -9,7 +9,8 @@
 namespace topt {
 namespace {
 
-constexpr int kTileRows = 96;                     // query rows of a task: what the L2 cache holds beside K and V
+constexpr int kTileFloats = 24 * 1024;             // of the queries of a task: what the L2 cache holds beside K and V
+constexpr int kMinTileRows = 48, kMaxTileRows = 192;
 constexpr int64_t kMinParallelPairs = 16 * 1024;  // query-key pairs below which waking threads does not pay
 
 thread_local Arena caller_arena, worker_arena;
@@ -18,7 +19,11 @@ template <class T>
 class Prefiller {
  public:
   explicit Prefiller(const ToptPrefillArgs& args)
-      : a(args), tile_tokens(std::max(kTileRows / (args.num_heads / args.num_kv_heads), 1)), attention(args) {}
+      : a(args),
+        tile_tokens(std::max(std::clamp(kTileFloats / args.head_dim, kMinTileRows, kMaxTileRows) /
+                                 (args.num_heads / args.num_kv_heads),
+                             1)),
+        attention(args) {}
 
   int32_t run() {
     if (a.query_start_loc[0] != 0 || a.query_start_loc[a.num_seqs] != a.num_tokens) return kBadLengths;

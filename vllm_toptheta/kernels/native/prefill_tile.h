@@ -151,6 +151,8 @@ class PrefillTile {
     const float scale = a.soft_cap > 0 ? a.sm_scale / a.soft_cap : a.sm_scale * kToLog2;
     std::fill_n(t.acc, static_cast<size_t>(t.num_rows) * D, 0.0f);
     std::fill_n(t.v_tiles, t.num_tokens, 0);
+    // Without compensation it is never written, and 0 times what an earlier call left there may be NaN.
+    std::fill_n(t.lost, static_cast<size_t>(t.num_rows) * kUnits, 0.0f);
     std::fill_n(t.lanes, kUnits * 8, 0.0f);
     for (int r = 0; r < t.num_rows; r++) {
       const int64_t token = t.token + r % t.num_tokens;
