@@ -37,7 +37,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "telemetry.delivery": ({"vllm"}, {"telemetry", "request_options"}),
     "telemetry.prometheus": ({"prometheus_client"}, {"telemetry"}),
     "backend": (
-        {"torch", "vllm"},
+        {"numpy", "torch", "vllm"},
         {
             "backend",
             "config",

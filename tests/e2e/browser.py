@@ -1,4 +1,4 @@
-"""A headless Chromium, spoken to through its DevTools protocol with nothing but the standard library."""
+"""A headless Chromium, spoken to through its DevTools protocol with the standard library only."""
 
 import base64
 import contextlib
@@ -67,6 +67,7 @@ class Page:
             mobile=width < 600,
         )
         self.command("Page.navigate", url=url)
+        self.wait(f"location.href === {url!r} && document.readyState === 'complete'")
 
     def run(self, script: str) -> Any:
         """The value of an expression."""

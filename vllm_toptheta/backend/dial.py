@@ -51,6 +51,13 @@ class RowPlan:
     target: torch.Tensor
     reasons: dict[str, torch.Tensor]
 
+    def put(self, where: Any, part: "RowPlan") -> None:
+        """Write another plan over some layers or rows of this one."""
+        self.visible[where], self.theta[where] = part.visible, part.theta
+        self.target[where] = part.target
+        for name, values in part.reasons.items():
+            self.reasons[name][where] = values
+
 
 @dataclass(frozen=True)
 class _LayerGroup:
@@ -90,7 +97,8 @@ class Dial:
     """Thresholds of one builder's layers, for any k that requests ask for.
 
     Attributes:
-        layers: [num] index in the model of every layer of the builder.
+        layers: index of the builder's layers into an axis of all layers; a slice where they
+            follow each other.
     """
 
     def __init__(
@@ -110,8 +118,10 @@ class Dial:
             first_head: first query head of this rank.
             num_heads: query heads of this rank.
         """
-        self.layers = torch.tensor(layers)
+        in_a_row = layers == list(range(layers[0], layers[0] + len(layers)))
+        self.layers = slice(layers[0], layers[-1] + 1) if in_a_row else layers
         self._plan = plan
+        self._num_layers = len(layers)
         self._heads = (first_head, num_heads)
         by_window: dict[int | None, list[int]] = defaultdict(list)
         for slot, window in enumerate(windows):
@@ -130,6 +140,8 @@ class Dial:
             seq_lens: [num_decodes] int32, keys of each row.
             options: by row, where they are not the default ones; other rows are ignored.
         """
+        if not options:
+            return self._lookup(None, seq_lens)
         num_decodes = len(seq_lens)
         rows_by_k: dict[float | None, list[int]] = defaultdict(list)
         off = []
@@ -138,17 +150,12 @@ class Dial:
             rows_by_k[asked.k if asked else None].append(row)
             if asked and asked.off:
                 off.append(row)
-        if len(rows_by_k) == 1:
-            plan = self._lookup(next(iter(rows_by_k)), seq_lens)
-        else:
-            plan = self._empty(num_decodes)
-            for k, members in rows_by_k.items():
-                rows = torch.tensor(members)
-                part = self._lookup(k, seq_lens[rows])
-                plan.visible[:, rows], plan.theta[:, rows] = part.visible, part.theta
-                plan.target[:, rows] = part.target
-                for name, values in part.reasons.items():
-                    plan.reasons[name][:, rows] = values
+        parts = [
+            (torch.tensor(rows), self._lookup(k, seq_lens[rows])) for k, rows in rows_by_k.items()
+        ]
+        plan = self._empty(num_decodes)
+        for rows, part in parts:
+            plan.put((slice(None), rows), part)
         if off:
             for name in REASONS:
                 plan.reasons[name][:, off] = name == "dense_off"
@@ -178,7 +185,7 @@ class Dial:
         )
 
     def _empty(self, num_decodes: int) -> RowPlan:
-        shape = (len(self.layers), num_decodes)
+        shape = (self._num_layers, num_decodes)
         return RowPlan(
             visible=torch.empty(shape, dtype=torch.int64),
             theta=torch.empty((*shape, self._heads[1])),
@@ -187,17 +194,34 @@ class Dial:
         )
 
     def _lookup(self, k: float | None, seq_lens: torch.Tensor) -> RowPlan:
+        """The plan of rows that all ask for the same k."""
+        levels = self._at(k)
+        parts = [
+            _plan(group, level, seq_lens) for group, level in zip(self._groups, levels, strict=True)
+        ]
+        if len(parts) == 1:
+            return parts[0]
         plan = self._empty(len(seq_lens))
-        for group, level in zip(self._groups, self._at(k), strict=True):
-            window, slots = group.window, group.slots
-            lens = seq_lens if window is None else seq_lens.clamp(max=window)
-            visible = lens.to(torch.int64)
-            plan.visible[slots] = visible
-            plan.theta[slots] = level.thresholds.lookup(lens)
-            plan.target[slots] = torch.minimum(level.head_k, visible[:, None]).sum(2)
-            windowed = ~group.dense & (window is not None and level.layer_k >= window)
-            short = ~group.dense & ~windowed & (lens <= level.limit)
-            plan.reasons["dense_layer"][slots] = group.dense.expand_as(short)
-            plan.reasons["dense_window"][slots] = windowed.expand_as(short)
-            plan.reasons["dense_short"][slots] = short
+        for group, part in zip(self._groups, parts, strict=True):
+            plan.put(group.slots, part)
         return plan
+
+
+def _plan(group: _LayerGroup, level: _Level, seq_lens: torch.Tensor) -> RowPlan:
+    """The plan of one group's layers."""
+    window = group.window
+    lens = seq_lens if window is None else seq_lens.clamp(max=window)
+    visible = lens.to(torch.int64)
+    windowed = ~group.dense & (window is not None and level.layer_k >= window)
+    short = ~group.dense & ~windowed & (lens <= level.limit)
+    return RowPlan(
+        visible=visible.expand_as(short).contiguous(),
+        theta=level.thresholds.lookup(lens),
+        target=torch.minimum(level.head_k, visible[:, None]).sum(2),
+        reasons={
+            "dense_short": short,
+            "dense_window": windowed.expand_as(short).contiguous(),
+            "dense_layer": group.dense.expand_as(short).contiguous(),
+            "dense_off": torch.zeros_like(short),
+        },
+    )

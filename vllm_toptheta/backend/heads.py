@@ -7,12 +7,13 @@ method that is put on the worker class here; it can go when backends may publish
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
 from vllm_toptheta.telemetry.shield import shielded
 
 
-@dataclass(frozen=True)
+@dataclass
 class HeadCounts:
     """Keys of decode rows, dense ones included, of one builder.
 
@@ -20,13 +21,13 @@ class HeadCounts:
         layers: index of every layer in the model.
         first_head: first query head of this rank.
         kept: [num_layers, num_heads] int64.
-        scored: [num_layers, num_heads] int64.
+        scored: [num_layers, 1] int64; heads of a layer score alike.
     """
 
     layers: list[int]
     first_head: int
-    kept: torch.Tensor
-    scored: torch.Tensor
+    kept: NDArray[np.int64]
+    scored: NDArray[np.int64]
 
 
 _published: list[HeadCounts] = []
@@ -34,9 +35,8 @@ _published: list[HeadCounts] = []
 
 def publish_heads(layers: list[int], first_head: int, num_heads: int) -> HeadCounts:
     """Start counting for the layers of one builder, and make the counts reachable."""
-    shape = (len(layers), num_heads)
-    zeros = torch.zeros(shape, dtype=torch.int64)
-    counts = HeadCounts(layers, first_head, zeros, zeros.clone())
+    kept = np.zeros((len(layers), num_heads), dtype=np.int64)
+    counts = HeadCounts(layers, first_head, kept, np.zeros((len(layers), 1), dtype=np.int64))
     # A builder that is made again, as after a profiling run, replaces its predecessor.
     _published[:] = [held for held in _published if not set(held.layers) & set(layers)]
     _published.append(counts)
@@ -54,7 +54,7 @@ def toptheta_heads(worker: Any = None) -> list[dict[str, Any]]:
             "layers": counts.layers,
             "first_head": counts.first_head,
             "kept": counts.kept.tolist(),
-            "scored": counts.scored.tolist(),
+            "scored": np.broadcast_to(counts.scored, counts.kept.shape).tolist(),
         }
         for counts in _published
     ]

@@ -6,7 +6,7 @@ Wraps of vLLM internals that live here:
 * `EngineArgs.from_cli_args` shows the command line, whose list of `--middleware` gets ours. It can
   go when general plug-ins may add middleware.
 * `InputProcessor.process_inputs` is where options of a request are checked for every way into the
-  engine, and where its prefix-cache salt is set. It can go when vLLM's block hashes may be extended.
+  engine, and where its prefix-cache salt is set. It can go when block hashes may be extended.
 """
 
 import functools

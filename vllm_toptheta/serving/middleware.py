@@ -13,7 +13,9 @@ from typing import Any
 from vllm_toptheta.request_options import PREFIX
 from vllm_toptheta.serving.responses import ResponseWriter
 from vllm_toptheta.serving.served import get_served, is_authorised
+from vllm_toptheta.serving.sinks import get_sinks
 from vllm_toptheta.telemetry.delivery import CURRENT, Collector
+from vllm_toptheta.telemetry.shield import shielded
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -36,9 +38,8 @@ class TopThetaMiddleware:
         """
         self.app = app
         if get_served().config.telemetry:
-            from vllm_toptheta.serving.live import start_metrics
-
-            start_metrics()
+            with shielded("server"):
+                get_sinks()
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         """Serve one request."""

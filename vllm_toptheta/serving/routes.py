@@ -16,8 +16,8 @@ from typing import Any
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.responses import HTMLResponse, JSONResponse
 
-from vllm_toptheta.serving.live import start_metrics
 from vllm_toptheta.serving.served import Served, get_served, is_authorised
+from vllm_toptheta.serving.sinks import get_sinks
 from vllm_toptheta.telemetry.counters import FIELDS, summarise
 
 _HEADS_KEPT_S = 1.0
@@ -72,7 +72,7 @@ class TopThetaEndpoints:
         heads = await self._heads.fetch(served)
         if not served.config.telemetry:
             return {"telemetry": False, **heads}
-        metrics, live = start_metrics()
+        metrics, live = get_sinks()
         return {
             "telemetry": True,
             "total": summarise(served.config.k, live.total),
@@ -178,7 +178,8 @@ def _page_headers(page: str) -> dict[str, str]:
     allowed = base64.b64encode(digest).decode()
     policy = (
         f"default-src 'none'; script-src 'sha256-{allowed}'; style-src 'unsafe-inline'; "
-        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
     )
     return {
         "Content-Security-Policy": policy,

@@ -1,4 +1,4 @@
-"""What this process serves: set once when the engine is configured, read by every serving module."""
+"""What this process serves: set when the engine is configured, read by every serving module."""
 
 import os
 from argparse import Namespace

@@ -1,1 +1,1 @@
-"""What was pruned, per request: counted in the worker, carried with the step's output to the response."""
+"""What was pruned, per request: counted in the worker, carried to the response and the metrics."""

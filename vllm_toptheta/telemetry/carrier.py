@@ -109,7 +109,7 @@ def _batch_request_ids(runner: Any) -> list[str]:
 def _totals(steps: list[Any], received: dict[str, torch.Tensor]) -> torch.Tensor | None:
     parts = [step.totals() for step in steps]
     parts += [tensor.cpu() for tensor in received.values()]
-    return torch.stack(parts).sum(0) if parts else None
+    return sum(parts[1:], start=parts[0]) if parts else None
 
 
 def _hand_on(tensors: dict[str, torch.Tensor], received: dict[str, torch.Tensor]) -> None:

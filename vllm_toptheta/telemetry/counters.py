@@ -1,5 +1,6 @@
 """What is counted, and how it is shown: columns of integers in, the object of a response out."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,8 +40,7 @@ def zeros() -> Counts:
 
 def add(into: Counts, more: Sequence[int]) -> None:
     """Add counts in place."""
-    for column, value in enumerate(more):
-        into[column] += value
+    into[:] = map(operator.add, into, more)
 
 
 def split(flat: Sequence[int], num_rows: int) -> list[Counts]:

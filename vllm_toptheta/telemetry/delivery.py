@@ -181,18 +181,24 @@ def _open(processor: Any, request: Any, default_k: float) -> None:
 def _take(processor: Any, outputs: list[Any], touched: list[tuple[str, Choice, int]]) -> list[Any]:
     """Read the counts of every output; letters are taken out of the list."""
     rest = []
+    new: dict[int, Counts] = {}
     for output in outputs:
         content = (output.kv_transfer_params or {}).get(KEY)
         if content is None:
             rest.append(output)
             continue
         with shielded("server"):
-            _tell_counts(content)
+            _tell_engine(content)
+            if "new" in content:
+                # Sinks are told once a step, not once an output.
+                add(new.setdefault(content["engine"], zeros()), content["new"])
         if content.get("letter"):
             continue
         rest.append(output)
         with shielded("server"):
             _read(processor, output, content, touched)
+    for engine, counts in new.items():
+        _tell("counted", engine, counts)
     return rest
 
 
@@ -219,10 +225,8 @@ def _show_offline(state: Any, choice: Choice) -> dict[str, Any] | None:
     return show_all([by_index[index] for index in sorted(by_index)])
 
 
-def _tell_counts(content: dict[str, Any]) -> None:
+def _tell_engine(content: dict[str, Any]) -> None:
     engine = content["engine"]
-    if counts := content.get("new"):
-        _tell("counted", engine, counts)
     if layers := content.get("new_layers"):
         _tell("layers_counted", engine, layers)
     if failures := content.get("failures"):

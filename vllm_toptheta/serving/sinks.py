@@ -18,7 +18,7 @@ class Sinks(NamedTuple):
 _sinks: list[Sinks] = []
 
 
-def start_metrics() -> Sinks:
+def get_sinks() -> Sinks:
     """Make the sinks, once; vLLM's middleware stack may be built again."""
     if not _sinks:
         served = get_served()
