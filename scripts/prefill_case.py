@@ -1,4 +1,6 @@
-"""Prefill cases for `bench_kernels`: a shape in; calls to time, and what float64 says about some of their rows, out."""
+"""Prefill cases for `bench_kernels`: a shape in; calls to time, and what float64 says about some of
+their rows, out.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_toptheta.kernels.api import PageLayout, prefill_attention, update_v_means
+from vllm_toptheta.kernels.api import V_TILE, PageLayout, prefill_attention, update_v_means
 
 CHECKED_ROWS = 48  # of a prompt, spread evenly: float64 attention of all rows would take minutes
 
@@ -37,7 +39,7 @@ class PrefillCase:
         return torch.cat([torch.arange(n - q, n) + 1 for n, q in spans])
 
     def theta(self, k: int) -> Tensor:
-        """Thresholds that keep k keys a row on average: scores of normal keys are normal, with standard deviation |q|.
+        """Thresholds that keep k keys a row on average: scores of normal keys are normal.
 
         Returns:
             [num_tokens, num_heads] float32.
@@ -48,7 +50,7 @@ class PrefillCase:
         return (spread * quantile[:, None]).float()
 
     def expected(self, theta: Tensor | None) -> Tensor:
-        """Attention of the checked rows in float64 with group compensation; theta None for dense."""
+        """Checked rows in float64 with group compensation; theta None for dense."""
         views, size = self.layout.views(self.kv_cache), self.layout.group_size
         num_kv_heads = self.kv_cache.shape[1]
         rows = []
@@ -182,11 +184,18 @@ def own_call(
     return call
 
 
-def visible_keys(case: PrefillCase) -> float:
-    """Keys that a row sees on average."""
-    return float(case.row_lens.double().mean())
+def largest_error(case: PrefillCase, out: Tensor, expected: Tensor) -> float:
+    """Largest error of a checked row, relative to the largest output of that row."""
+    error = (out[case.checked].double() - expected).abs().flatten(1).max(1).values
+    return float((error / expected.abs().flatten(1).max(1).values).max())
 
 
-def visible_v_tiles(case: PrefillCase, tile: int) -> float:
-    """V tiles that a row sees on average."""
-    return float(((case.row_lens + tile - 1) // tile).double().mean())
+def kept_fraction(case: PrefillCase, num_kept: Tensor) -> float:
+    """Kept over visible keys."""
+    return float(num_kept.double().mean(1).sum() / case.row_lens.double().sum())
+
+
+def v_tile_fraction(case: PrefillCase, v_tiles_read: Tensor) -> float:
+    """V tiles read over visible ones."""
+    visible = (case.row_lens + V_TILE - 1) // V_TILE
+    return float(v_tiles_read.double().mean(1).sum() / visible.double().sum())
