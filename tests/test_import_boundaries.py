@@ -29,7 +29,17 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "evaluation": (
         {"torch", "transformers", "tqdm", "vllm"},
-        {"", "calibration", "config", "evaluation", "kernels", "model_identity", "thresholds", "threshold_store"},
+        {
+            "",
+            "calibration",
+            "config",
+            "evaluation",
+            "kernels",
+            "model_identity",
+            "telemetry",
+            "thresholds",
+            "threshold_store",
+        },
     ),
     "request_options": ({"pydantic"}, set()),
     "telemetry": (set(), {"telemetry", "request_options"}),

@@ -1,17 +1,20 @@
-"""Perplexity of prompts through a real vLLM engine: token ids and options in, perplexity and what the engine
-counted out.
+"""Perplexity of prompts through a real vLLM engine: token ids and options in, perplexity and what
+the engine counted out.
 
-Prompt rows are teacher-forced, so an engine that prunes them shows what pruning does to a text it did
-not write.
+Prompt rows are teacher-forced, so an engine that prunes them shows what pruning does to a text it
+did not write.
 """
 
 import gc
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from vllm_toptheta.calibration.calibrate import read_corpus
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,8 @@ class EngineResult:
     Attributes:
         perplexity: exp of the mean negative log likelihood per token.
         num_tokens: predicted tokens.
-        prefill: the engine's counts of prompt rows, summed over documents; empty where it ran dense.
+        prefill: the engine's counts of prompt rows, all documents together; empty where it does not
+            count them.
     """
 
     perplexity: float
@@ -108,3 +112,55 @@ def summary_of(answer: Any) -> dict[str, Any]:
     if not told:
         return {}
     return summarise(None, told["total"]) if "total" in told else told
+
+
+def compare_prompts(
+    model: str,
+    texts: list[Path],
+    ks: Sequence[float],
+    *,
+    length: int,
+    num_documents: int,
+    min_kv_len: int,
+    chunk: int,
+    dtype: str,
+    report: Callable[[str], object],
+) -> list[EngineResult]:
+    """Run the same prompts through a stock engine and through one per k that prunes them.
+
+    Args:
+        model: repository or folder.
+        texts: text files.
+        ks: mean keys a prompt row keeps.
+        length: tokens per document.
+        num_documents: documents.
+        min_kv_len: rows of at most so many keys are dense.
+        chunk: most prompt tokens of a step.
+        dtype: torch dtype's name.
+        report: told one line per engine as soon as it is known.
+
+    Returns:
+        Stock first, then every k.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    corpus = read_corpus(texts)
+    documents = list(corpus.documents(tokenizer, length=length, num_tokens=num_documents * length))
+    results: list[EngineResult] = []
+    for k in (None, *ks):
+        options = k and {"phases": "prefill", "prefill_k": k, "min_kv_len": min_kv_len}
+        llm = start_engine(
+            model, options or None, length=length + 1, chunk=min(chunk, length), dtype=dtype
+        )
+        try:
+            result = prompt_perplexity(llm, documents)
+        finally:
+            stop_engine(llm)
+        results.append(result)
+        report(
+            f"{'stock' if k is None else f'prefill_k {k:g}':14} perplexity {result.perplexity:.4f} "
+            f"({result.perplexity / results[0].perplexity - 1:+.2%}), "
+            f"elements kept {result.kept_fraction:.4f}, {result.num_tokens} tokens"
+        )
+    return results
