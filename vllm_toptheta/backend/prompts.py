@@ -1,5 +1,5 @@
-"""The prompt rows of a step: vLLM's batch in, thresholds per token for the prefill kernel and counts
-per request out.
+"""The prompt rows of a step: vLLM's batch in, thresholds per token for the prefill kernel and
+counts per request out.
 """
 
 from collections.abc import Mapping
