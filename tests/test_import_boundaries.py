@@ -1,4 +1,5 @@
-"""The allowed imports of every module, enforced by walking the syntax trees; also what `import vllm_toptheta` loads."""
+"""The allowed imports of every module, enforced by walking the syntax trees; also what `import
+vllm_toptheta` loads."""
 
 import ast
 import subprocess
@@ -25,7 +26,15 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "kernels.triton_": ({"torch", "triton"}, {"kernels"}),
     "calibration": (
         {"torch", "transformers", "tqdm"},
-        {"", "calibration", "config", "kernels.reference", "model_identity", "thresholds", "threshold_store"},
+        {
+            "",
+            "calibration",
+            "config",
+            "kernels.reference",
+            "model_identity",
+            "thresholds",
+            "threshold_store",
+        },
     ),
     "evaluation": (
         {"torch", "transformers", "tqdm", "vllm"},
@@ -46,6 +55,15 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "telemetry.carrier": ({"torch", "vllm"}, {"telemetry"}),
     "telemetry.delivery": ({"vllm"}, {"telemetry", "request_options"}),
     "telemetry.prometheus": ({"prometheus_client"}, {"telemetry"}),
+    "backend.gpu": (
+        {"torch", "vllm"},
+        {"backend", "config", "kernels.triton_", "model_identity", "telemetry", "thresholds"},
+    ),
+    "backend.gpu_tensors": (
+        {"torch", "vllm"},
+        {"backend.plan", "kernels.triton_", "request_options"},
+    ),
+    "backend.step": ({"torch", "vllm"}, {"backend", "kernels.triton_theta", "telemetry"}),
     "backend": (
         {"numpy", "torch", "vllm"},
         {
@@ -75,7 +93,11 @@ def modules() -> list[str]:
 
 
 def matches(name: str, prefix: str) -> bool:
-    return name == prefix or name.startswith(prefix + ".") or (prefix.endswith("_") and name.startswith(prefix))
+    return (
+        name == prefix
+        or name.startswith(prefix + ".")
+        or (prefix.endswith("_") and name.startswith(prefix))
+    )
 
 
 def imports(module: str) -> set[str]:

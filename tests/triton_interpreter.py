@@ -1,7 +1,7 @@
 """Loads the Triton kernels so that they run on the CPU, where there is no GPU.
 
-Triton decides at import whether functions are interpreted, so this has to happen before anything else imports it. The
-variable is taken back, because child processes run the real engine.
+Triton decides at import whether functions are interpreted, so this has to happen before anything
+else imports it. The variable is taken back, because child processes run the real engine.
 """
 
 import contextlib
@@ -40,7 +40,9 @@ def load() -> bool:
 
 
 def _teach_bfloat16_dot(interpreter: Any) -> None:
-    """The interpreter keeps bfloat16 as raw uint16 and multiplies these as numbers; widen them first."""
+    """The interpreter keeps bfloat16 as raw uint16 and multiplies these as numbers; widen them
+    first.
+    """
     original = interpreter.InterpreterBuilder.create_dot
     bfloat16 = interpreter.tl.bfloat16
 

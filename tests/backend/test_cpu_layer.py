@@ -1,4 +1,5 @@
-"""One attention layer of the backend against CPU_ATTN on the same tokens: mixed batches, windows, soft caps, sinks."""
+"""One attention layer of the backend against CPU_ATTN on the same tokens: mixed batches, windows,
+soft caps, sinks."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,7 +43,9 @@ def vllm_config(smollm2: Path) -> VllmConfig:
     return EngineArgs(model=str(smollm2), dtype="float32").create_engine_config()
 
 
-def metadata(first: int, lens: list[int], queries: list[int], table: torch.Tensor, window: int) -> Any:
+def metadata(
+    first: int, lens: list[int], queries: list[int], table: torch.Tensor, window: int
+) -> Any:
     starts = torch.tensor([0, *queries]).cumsum(0).to(torch.int32)
     seq_lens = torch.tensor(lens, dtype=torch.int32)
     plan = ops.cpu_attn_get_scheduler_metadata(

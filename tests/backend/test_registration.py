@@ -1,4 +1,5 @@
-"""Registration with the installed vLLM: the name, pickling into spawned processes, CPU selection, version guard."""
+"""Registration with the installed vLLM: the name, pickling into spawned processes, CPU selection,
+version guard."""
 
 import logging
 import multiprocessing
@@ -65,7 +66,9 @@ def test_cpu_selects_our_backend_only_when_asked() -> None:
         ({"attn_type": "encoder_only"}, "attention type encoder_only not supported"),
     ],
 )
-def test_unsupported_layers_are_refused_with_what_to_type(kwargs: dict[str, Any], reason: str) -> None:
+def test_unsupported_layers_are_refused_with_what_to_type(
+    kwargs: dict[str, Any], reason: str
+) -> None:
     with pytest.raises(ValueError, match=reason) as caught:
         selected(MEMBER, **kwargs)
     assert "backend_per_kind" in str(caught.value)

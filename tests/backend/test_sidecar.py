@@ -1,4 +1,5 @@
-"""Side data inside vLLM's pages: its memory is in the spec, and the parts of an allocated cache do not overlap."""
+"""Side data inside vLLM's pages: its memory is in the spec, and the parts of an allocated cache do
+not overlap."""
 
 from typing import Any
 

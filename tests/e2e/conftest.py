@@ -25,7 +25,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def serve(model: Path, folder: Path, *args: str, toptheta: dict[str, Any] | None) -> Server:
-    return Server(model, *OPTIONS, *args, toptheta=toptheta, log_path=folder / "server.log", env=ENV)
+    return Server(
+        model, *OPTIONS, *args, toptheta=toptheta, log_path=folder / "server.log", env=ENV
+    )
 
 
 def client_of(server: Server) -> OpenAI:

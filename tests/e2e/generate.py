@@ -1,5 +1,5 @@
-"""Runs prompts of token ids through `LLM` and writes the generated ids and summaries as JSON; a process of its own,
-because vLLM keeps global state.
+"""Runs prompts of token ids through `LLM` and writes the generated ids and summaries as JSON; a
+process of its own, because vLLM keeps global state.
 
 Usage: python generate.py OUTPUT MODEL PROMPTS_JSON MAX_TOKENS [TOPTHETA_OPTIONS_JSON]
 """

@@ -34,9 +34,9 @@ class Sent:
 
 
 def prompt(number: int) -> str:
-    """Some 70 to 140 tokens that no other request starts with."""
+    """Some 50 to 90 tokens that no other request starts with."""
     start = 700 * number % (len(TEXT) - 800)
-    return f"Text {number}: {TEXT[start : start + 250 + 37 * number % 260]}"
+    return f"Text {number}: {TEXT[start : start + 200 + 37 * number % 120]}"
 
 
 class Load:
@@ -62,7 +62,7 @@ class Load:
 
     async def send(self, number: int) -> list[Sent]:
         """Send requests of all kinds at once."""
-        jobs = [self._kinds[i % len(self._kinds)](prompt(i), 8 + i * 5 % 17) for i in range(number)]
+        jobs = [self._kinds[i % len(self._kinds)](prompt(i), 6 + i * 5 % 11) for i in range(number)]
         return await asyncio.gather(*jobs)
 
     async def _complete(self, text: Any, tokens: int, **options: Any) -> Any:
@@ -136,7 +136,7 @@ class Load:
         return await self._whole(text, tokens, kind="n", n=2, temperature=1)
 
     async def _two_prompts(self, text: str, tokens: int) -> Sent:
-        return await self._whole([text, text[7:200]], tokens, kind="prompts")
+        return await self._whole([text, text[7:180]], tokens, kind="prompts")
 
     async def _chat_stream(self, text: str, tokens: int) -> Sent:
         stream = await self._client.chat.completions.create(

@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 from vllm import LLM, SamplingParams
+from vllm.exceptions import VLLMValidationError
 
 TEXT = "Rivers carry water from the mountains to the sea, and towns grow beside them. " * 8
 
@@ -30,7 +31,7 @@ def main() -> None:
     result: dict[str, Any] = {"shown": [answer.kv_transfer_params for answer in answers]}
     try:
         llm.generate([TEXT], SamplingParams(extra_args={"toptheta_k": 1}), use_tqdm=False)
-    except ValueError as error:
+    except VLLMValidationError as error:
         result["error"] = str(error)
     print("RESULT " + json.dumps(result))
 

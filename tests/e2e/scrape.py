@@ -56,15 +56,28 @@ def wait_until_idle(base: str) -> None:
 
 
 class Prometheus:
-    """A real Prometheus that scrapes one server every second."""
+    """A real Prometheus that scrapes one server every second.
 
-    def __init__(self, target: str, folder: Path) -> None:
+    Attributes:
+        url: its address.
+    """
+
+    def __init__(self, target: str, folder: Path, configuration: str | None = None) -> None:
+        """Start it.
+
+        Args:
+            target: host and port of the server.
+            folder: takes its files; rules that the configuration names are there already.
+            configuration: of Prometheus; one that only scrapes unless given.
+        """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            self._address = f"127.0.0.1:{probe.getsockname()[1]}"
+            address = f"127.0.0.1:{probe.getsockname()[1]}"
+        self.url = f"http://{address}"
         config = folder / "prometheus.yml"
         config.write_text(
-            "global: {scrape_interval: 1s, scrape_timeout: 1s}\n"
+            configuration
+            or "global: {scrape_interval: 1s, scrape_timeout: 1s}\n"
             "scrape_configs:\n"
             f"- {{job_name: vllm, static_configs: [{{targets: ['{target}']}}]}}\n"
         )
@@ -74,7 +87,7 @@ class Prometheus:
                 "prometheus",
                 f"--config.file={config}",
                 f"--storage.tsdb.path={folder / 'data'}",
-                f"--web.listen-address={self._address}",
+                f"--web.listen-address={address}",
             ],
             stdout=self._log,
             stderr=subprocess.STDOUT,
@@ -83,7 +96,7 @@ class Prometheus:
     def query(self, expression: str) -> list[tuple[dict[str, str], float]]:
         """Evaluate PromQL now: labels and value of every series."""
         arguments = urllib.parse.urlencode({"query": expression})
-        with urllib.request.urlopen(f"http://{self._address}/api/v1/query?{arguments}") as answer:
+        with urllib.request.urlopen(f"{self.url}/api/v1/query?{arguments}") as answer:
             result = json.load(answer)["data"]["result"]
         return [(series["metric"], float(series["value"][1])) for series in result]
 
@@ -99,12 +112,14 @@ class Prometheus:
 
 
 @contextlib.contextmanager
-def prometheus(base: str, folder: Path) -> Iterator[Prometheus | None]:
+def prometheus(
+    base: str, folder: Path, configuration: str | None = None
+) -> Iterator[Prometheus | None]:
     """A Prometheus for a server; None where the program is missing."""
     if shutil.which("prometheus") is None:
         yield None
         return
-    server = Prometheus(base.removeprefix("http://"), folder)
+    server = Prometheus(base.removeprefix("http://"), folder, configuration)
     try:
         yield server
     finally:

@@ -1,5 +1,5 @@
-"""A model with sliding windows in every other layer, soft caps and wide heads: the engine answers as stock does, and
-layers whose window is not larger than k are shown as dense."""
+"""A model with sliding windows in every other layer, soft caps and wide heads: the engine answers
+as stock does, and layers whose window is not larger than k are shown as dense."""
 
 import json
 import os
@@ -15,7 +15,9 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 GENERATE = Path(__file__).with_name("generate.py")
 WINDOW, LAYERS, HEADS, TOKENS = 96, 4, 4, 12
-PROMPTS = [[7 + (i * 37 + j * j * 11) % 400 for j in range(n)] for i, n in enumerate((60, 200, 333))]
+PROMPTS = [
+    [7 + (i * 37 + j * j * 11) % 400 for j in range(n)] for i, n in enumerate((60, 200, 333))
+]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,9 @@ def generate(output: Path, model: Path, *options: dict[str, Any]) -> list[dict[s
 def test_windows_and_soft_caps_through_the_engine(gemma2: Path, tmp_path: Path) -> None:
     table = save_flat_table(gemma2, -1e30, tmp_path / "gemma2.safetensors")
     stock = generate(tmp_path / "stock.json", gemma2)
-    ours = generate(tmp_path / "ours.json", gemma2, {"thresholds": str(table), "k": 96, "min_kv_len": 64})
+    ours = generate(
+        tmp_path / "ours.json", gemma2, {"thresholds": str(table), "k": 96, "min_kv_len": 64}
+    )
     assert [answer["ids"] for answer in ours] == [answer["ids"] for answer in stock]
     for prompt, answer in zip(PROMPTS, ours, strict=True):
         summary = answer["summary"]["toptheta"]

@@ -1,4 +1,5 @@
-"""The real server with the shipped thresholds: answers, summaries, concurrency, aborts, prefix-cache hits."""
+"""The real server with the shipped thresholds: answers, summaries, concurrency, aborts,
+prefix-cache hits."""
 
 import pydoc_data.topics
 from concurrent.futures import ThreadPoolExecutor
@@ -51,7 +52,9 @@ def test_long_rows_are_pruned_to_about_k_and_short_ones_run_dense(pruning: OpenA
     check(complete(pruning, 300))
 
 
-def test_concurrent_requests_of_different_lengths_each_get_their_own_counts(pruning: OpenAI) -> None:
+def test_concurrent_requests_of_different_lengths_each_get_their_own_counts(
+    pruning: OpenAI,
+) -> None:
     lengths = [200, 900, 1500, 3000, 4500, 6000]
     with ThreadPoolExecutor(len(lengths)) as pool:
         answers = list(pool.map(lambda n: complete(pruning, n, max_tokens=24), lengths))

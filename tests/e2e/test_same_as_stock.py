@@ -1,5 +1,5 @@
-"""With thresholds that keep every key the real server answers as stock vLLM does, also under preemption, chunked
-prefill and prefix-cache hits."""
+"""With thresholds that keep every key the real server answers as stock vLLM does, also under
+preemption, chunked prefill and prefix-cache hits."""
 
 import pydoc_data.topics
 import urllib.request
@@ -11,8 +11,11 @@ from openai import OpenAI
 
 LAYERS, HEADS, KV_HEADS = 30, 9, 3
 TOPICS = [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)]
-# About 120 tokens each, so that every request outgrows its first block while decoding; two long ones are chunked.
-PROMPTS = [text[:520] for text in TOPICS if len(text) > 600][:12] + [text[:2400] for text in TOPICS if len(text) > 3000][:2]
+# About 120 tokens each, so that every request outgrows its first block while decoding; two long
+# ones are chunked.
+PROMPTS = [text[:520] for text in TOPICS if len(text) > 600][:12] + [
+    text[:2400] for text in TOPICS if len(text) > 3000
+][:2]
 
 
 def model_of(client: OpenAI) -> str:
@@ -56,8 +59,14 @@ def test_answers_one_at_a_time(expected: list[str], keep_all: OpenAI) -> None:
         rows = (answer.usage.completion_tokens - 1) * LAYERS * HEADS
         assert counts["rows"] == rows
         assert counts["keys_kept"] == counts["keys_scored"]
-        assert counts["v_rows_read"] == counts["v_rows_scored"] == counts["keys_scored"] // (HEADS // KV_HEADS)
-        assert counts["dense_rows"]["short"] == 0, "the Top-theta path is under test, not the dense one"
+        assert (
+            counts["v_rows_read"]
+            == counts["v_rows_scored"]
+            == counts["keys_scored"] // (HEADS // KV_HEADS)
+        )
+        assert counts["dense_rows"]["short"] == 0, (
+            "the Top-theta path is under test, not the dense one"
+        )
 
 
 def test_answers_under_preemption_chunked_prefill_and_mixed_batches(

@@ -54,7 +54,7 @@ class Running:
 
 
 def start(model: Path, folder: Path, *args: str, env: dict[str, str] | None = None) -> Server:
-    options = {"k": 24, "min_kv_len": 64, "max_k": 512}
+    options = {"k": 24, "min_kv_len": 32, "max_k": 512}
     plug_ins = {
         **ENV,
         "PYTHONPATH": str(Path(__file__).parent / "recount"),

@@ -1,7 +1,6 @@
 """What the decode kernel reads, counted from the masks of every load under the interpreter."""
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ pytestmark = needs_interpreter
 
 
 @pytest.fixture
-def loads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[np.ndarray]]:
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
     """Addresses of all elements that kernels load."""
     from triton.runtime.interpreter import InterpreterBuilder
 
@@ -28,7 +27,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[np.ndarray]]:
         return original(self, pointers, mask, *rest)
 
     monkeypatch.setattr(InterpreterBuilder, "create_masked_load", create_masked_load)
-    yield addresses
+    return addresses
 
 
 def element_loads(addresses: list[np.ndarray], tensor: torch.Tensor) -> torch.Tensor:
@@ -82,7 +81,9 @@ def run_counted(
 
     monkeypatch.setattr(triton_means, "update_v_means", update_and_forget)
     run(case, num_splits=3)
-    return tuple(element_loads(loads, tensor) for tensor in (case.key_cache, case.value_cache, held[0]))
+    return tuple(
+        element_loads(loads, tensor) for tensor in (case.key_cache, case.value_cache, held[0])
+    )
 
 
 def test_reads_k_once_kept_v_rows_once_and_means_once_a_group(
@@ -128,9 +129,13 @@ def test_dense_rows_read_v_once_and_no_means(
     assert means.sum() == 0
 
 
-def test_the_best_key_costs_one_row(loads: list[np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_key_costs_one_row(
+    loads: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = Case([160], k=4, heads=1, best_only_rows=(0,), num_kv_heads=1, seed=43)
     key, value, means = run_counted(case, loads, monkeypatch)
     assert torch.equal(by_position(case, value, 0) == 1, kept_rows(case, 0))
     assert value.sum() == case.head_dim
-    assert means.sum() == (10 + 1) * case.head_dim, "one mean more, which the best key's row replaces"
+    assert means.sum() == (10 + 1) * case.head_dim, (
+        "one mean more, which the best key's row replaces"
+    )

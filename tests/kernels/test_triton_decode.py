@@ -106,8 +106,8 @@ def test_unsupported_shapes_are_refused(change: dict, message: str) -> None:
 
 
 def test_too_little_scratch_is_refused() -> None:
-    from vllm_toptheta.kernels.triton_decode import DecodeScratch, _check_launch
     from vllm_toptheta.kernels.triton_config import LaunchConfig
+    from vllm_toptheta.kernels.triton_decode import DecodeScratch, _check_launch
 
     scratch = DecodeScratch.allocate(5, 2, 1, 64, "cpu")
     with pytest.raises(ValueError, match="room for 5 parts, 2 sequences of 3 splits need 6"):

@@ -1,4 +1,6 @@
-"""Paged caches, thresholds in the gaps between scores, and float64 references for the Triton kernel tests."""
+"""Paged caches, thresholds in the gaps between scores, and float64 references for the Triton kernel
+tests.
+"""
 
 import math
 from dataclasses import dataclass, field
@@ -17,7 +19,9 @@ from vllm_toptheta.kernels.reference import (
 
 @dataclass
 class Case:
-    """One decode batch and what it is run with; cache tensors are filled with NaN outside the visible keys."""
+    """One decode batch and what it is run with; cache tensors are filled with NaN outside the
+    visible keys.
+    """
 
     lens: list[int]
     num_kv_heads: int = 2
@@ -90,7 +94,7 @@ class Case:
         return scores[:, 0]
 
     def _theta(self) -> Tensor:
-        """Thresholds halfway between the scores of rank k and k + 1, in gaps wider than rounding."""
+        """Thresholds between the scores of rank k and k + 1, in gaps wider than rounding."""
         theta = torch.zeros(len(self.lens), self.num_heads)
         for seq, length in enumerate(self.lens):
             if length == 0:

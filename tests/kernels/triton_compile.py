@@ -1,7 +1,8 @@
-"""Compiles every kernel specialisation in use for GPUs that are not here, and prints what the binaries need as JSON.
+"""Compiles every kernel specialisation in use for GPUs that are not here, and prints what the
+binaries need as JSON.
 
-Runs as a program, because compiling and interpreting exclude each other within one process. What is compiled is what
-the launchers launch: their calls are recorded instead of executed.
+Runs as a program, because compiling and interpreting exclude each other within one process. What is
+compiled is what the launchers launch: their calls are recorded instead of executed.
 """
 
 import json
@@ -30,6 +31,14 @@ TARGETS = {
     "hip:gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
+SHARED_LIMITS = {
+    "cuda:80": 163 << 10,
+    "cuda:90": 227 << 10,
+    "cuda:100": 227 << 10,
+    "hip:gfx942": 64 << 10,
+}
+"""Bytes of shared memory a program may have."""
+
 
 @dataclass
 class Shape:
@@ -52,7 +61,8 @@ class Shape:
         extra = ("+cap" if self.soft_cap else "") + ("+sinks" if self.sinks else "")
         extra += "" if self.compensation else "-means"
         query = str(self.dtype).removeprefix("torch.")
-        return f"d{self.head_dim} h{self.heads} b{self.block_size} g{self.group_size} {query}/{cache}{extra}"
+        sizes = f"d{self.head_dim} h{self.heads} b{self.block_size} g{self.group_size}"
+        return f"{sizes} {query}/{cache}{extra}"
 
 
 E4M3, E5M2, E4M3_AMD = torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz
@@ -85,15 +95,19 @@ class Recorder:
         return lambda *args, **kwargs: self.calls.append((args, kwargs))
 
 
-def source(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[ASTSource, dict[str, Any]]:
-    """What Triton's runtime would compile for these arguments, and the compiler options among them."""
+def source(
+    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[ASTSource, dict[str, Any]]:
+    """What Triton would compile for these arguments, and the compiler options among them."""
     options = {name: kwargs[name] for name in ("num_warps", "num_stages") if name in kwargs}
     values = dict(zip(function.arg_names, args, strict=False))
     values |= {name: value for name, value in kwargs.items() if name in function.arg_names}
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    for index, (name, parameter) in enumerate(zip(function.arg_names, function.params, strict=True)):
+    for index, (name, parameter) in enumerate(
+        zip(function.arg_names, function.params, strict=True)
+    ):
         value = values[name]
         is_int = isinstance(value, int) and not isinstance(value, bool)
         if parameter.is_constexpr or value is None or (is_int and value == 1):
@@ -201,7 +215,10 @@ def resources(compiled: Any) -> dict[str, int]:
             file.write(compiled.asm["cubin"])
             file.flush()
             report = subprocess.run(
-                [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
+                [tool, "--dump-resource-usage", file.name],
+                check=True,
+                capture_output=True,
+                text=True,
             ).stdout
         usage = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", report)}
         return {
@@ -221,23 +238,46 @@ def resources(compiled: Any) -> dict[str, int]:
     }
 
 
+def is_served(shape: Shape, target: str) -> bool:
+    """Whether the backend would accept the shape on the target."""
+    if target == "cuda:80" and shape.cache_dtype == E4M3:
+        return False  # compute capability 8.9 brought it; vLLM refuses it below
+    try:
+        choose_config(
+            head_dim=shape.head_dim,
+            group_size=shape.group_size,
+            cache_bytes=(shape.cache_dtype or shape.dtype).itemsize,
+            shared_limit=SHARED_LIMITS[target],
+        )
+    except ValueError:
+        return False
+    return True
+
+
 def main() -> None:
     wanted = sys.argv[1:] or list(TARGETS)
     for target_name in wanted:
         target = TARGETS[target_name]
         for shape in SHAPES:
-            if target_name == "cuda:80" and shape.cache_dtype == E4M3:
-                continue  # compute capability 8.9 brought it; vLLM refuses it below
+            if not is_served(shape, target_name):
+                continue
             calls = list(decode_calls(shape, target.backend == "hip"))
             if shape is SHAPES[0]:
                 calls += list(theta_call())
             for name, kernel_source, options in calls:
                 compiled = triton.compile(kernel_source, target=target, options=options)
-                record = {"target": target_name, "shape": shape.name, "kernel": name}
+                record = {
+                    "target": target_name,
+                    "shape": shape.name,
+                    "kernel": name,
+                    "shared_limit": SHARED_LIMITS[target_name],
+                }
                 assembly = compiled.asm["ttgir"]
                 record["async_copies"] = assembly.count("async_copy_global_to_local")
                 record["predicated_loads"] = (
-                    len(re.findall(r"@%p\d+ ld\.global", compiled.asm["ptx"])) if "ptx" in compiled.asm else 0
+                    len(re.findall(r"@%p\d+ ld\.global", compiled.asm["ptx"]))
+                    if "ptx" in compiled.asm
+                    else 0
                 )
                 print(json.dumps(record | resources(compiled)), flush=True)
 

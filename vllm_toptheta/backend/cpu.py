@@ -1,4 +1,5 @@
-"""The CPU backend: vLLM's attention calls in, decode rows through the Top-theta kernel and prompt rows through vLLM's own.
+"""The CPU backend: vLLM's attention calls in, decode rows through the Top-theta kernel and prompt
+rows through vLLM's own.
 
 By default only tokens that a request generates are pruned: prompt tokens, also a single one left
 over by the prefix cache, run on CPU_ATTN. With `phases` "prefill" or "both" they take the prefill
@@ -53,7 +54,8 @@ class TopThetaCPUBackend(CPUAttentionBackend):
 
     supported_kv_cache_dtypes = ["auto"]
     group_size = TopThetaConfig.model_fields["group_size"].default
-    """Set by the first layer of an engine: vLLM asks for the page size where it hands out no configuration."""
+    """Set by the first layer of an engine: vLLM asks for the page size where it hands out no
+    configuration."""
 
     @staticmethod
     def get_name() -> str:
@@ -86,9 +88,7 @@ class TopThetaCPUBackend(CPUAttentionBackend):
     @classmethod
     def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
         if not current_platform.is_cpu():
-            return [
-                f"this version of toptheta serves on CPU only, not on {current_platform.device_name}"
-            ]
+            return [f"toptheta's CPU backend does not serve on {current_platform.device_name}"]
         reasons: list[str] = super().validate_configuration(*args, **kwargs)
         if current_platform.get_cpu_architecture() != CpuArchEnum.X86:
             reasons.append("the CPU cache layout is known on x86-64 only")
@@ -201,7 +201,8 @@ class TopThetaCPUMetadata:
 
 
 class TopThetaCPUMetadataBuilder(CPUAttentionMetadataBuilder):
-    """Splits a batch into decode rows and the rest, and looks up the thresholds of the decode rows."""
+    """Splits a batch into decode rows and the rest, and looks up the thresholds of the decode
+    rows."""
 
     reorder_batch_threshold = 1
 
@@ -343,8 +344,8 @@ class TopThetaCPUImpl(CPUAttentionBackendImpl):
         super().__init__(num_heads, head_size, scale, num_kv_heads, alibi_slopes, *args, **kwargs)
         if alibi_slopes is not None:
             raise ValueError(
-                "toptheta does not support ALiBi: thresholds are calibrated on scores without a position bias. "
-                "Serve this model with another --attention-backend"
+                "toptheta does not support ALiBi: thresholds are calibrated on scores without a "
+                "position bias. Serve this model with another --attention-backend"
             )
         self.head_dim = head_size
         self.sm_scale = self.scale
@@ -361,7 +362,8 @@ class TopThetaCPUImpl(CPUAttentionBackendImpl):
         TopThetaCPUBackend.group_size = config.group_size
 
     def bind(self, slot: int, layout: PageLayout, compensation: bool) -> None:
-        """Tell the layer its place in the builder's tensors; called once the cache layout is known."""
+        """Tell the layer its place in the builder's tensors; called once the cache layout is
+        known."""
         self.slot = slot
         self.layout = layout
         self.compensation = compensation

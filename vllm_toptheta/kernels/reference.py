@@ -1,7 +1,8 @@
-"""The executable specification of Top-theta attention in plain PyTorch: queries, keys, values and thresholds in,
-outputs and kept masks out.
+"""The executable specification of Top-theta attention in plain PyTorch: queries, keys, values and
+thresholds in, outputs and kept masks out.
 
-Every function works in the dtype of its inputs: float64 for tests, float32 for calibration and evaluation.
+Every function works in the dtype of its inputs: float64 for tests, float32 for calibration and
+evaluation.
 """
 
 import math
@@ -81,10 +82,12 @@ def select_top_k(scores: Tensor, k: Tensor | int) -> Tensor:
 def attention_weights(
     scores: Tensor, kept: Tensor, *, group_size: int | None, sinks: Tensor | None = None
 ) -> Tensor:
-    """Weights on V: exact-denominator probabilities of kept keys plus the compensation of the lost ones.
+    """Weights on V: exact-denominator probabilities of kept keys plus the compensation of the lost
+    ones.
 
-    The denominator runs over all visible keys. The lost mass of every aligned group of `group_size` tokens is spread
-    evenly over the group's visible keys, which is the same as multiplying it with their mean V.
+    The denominator runs over all visible keys. The lost mass of every aligned group of `group_size`
+    tokens is spread evenly over the group's visible keys, which is the same as multiplying it with
+    their mean V.
 
     Args:
         scores: [num_heads, num_rows, num_keys], -inf where hidden.

@@ -1,7 +1,7 @@
 """Launch configurations: shapes and a device in, tile sizes, warps and the number of splits out.
 
-Nothing is tuned while serving. Measured entries live in triton_tuned.json, which scripts/tune_triton rewrites; shapes
-without an entry take the heuristic.
+Nothing is tuned while serving. Measured entries live in triton_tuned.json, which
+scripts/tune_triton rewrites; shapes without an entry take the heuristic.
 """
 
 import functools
@@ -34,7 +34,12 @@ class LaunchConfig:
 
 
 def choose_config(
-    *, head_dim: int, group_size: int, cache_bytes: int, device: str = ""
+    *,
+    head_dim: int,
+    group_size: int,
+    cache_bytes: int,
+    device: str = "",
+    shared_limit: int | None = None,
 ) -> LaunchConfig:
     """The configuration of one shape.
 
@@ -43,14 +48,28 @@ def choose_config(
         group_size: tokens per compensation group, a power of two.
         cache_bytes: bytes of one cache element, 1 or 2.
         device: the device's name as torch reports it; "" for the heuristic.
+        shared_limit: bytes of shared memory a program may have on the device; None does not check.
+
+    Raises:
+        ValueError: a tile of one compensation group does not fit.
     """
     tuned = _tuned().get(device, {}).get(f"{head_dim}/{group_size}/{cache_bytes}")
     if tuned is not None:
         return LaunchConfig(**tuned)
-    # A K tile of 16 KiB leaves room for several programs a multiprocessor. A third pipeline stage costs about 50
-    # registers a thread and with them a program a multiprocessor; small tiles of wide heads need it all the same, or
-    # the compiler spills.
+    # A K tile of 16 KiB leaves room for several programs a multiprocessor. A third pipeline stage
+    # costs about 50 registers a thread and with them a program a multiprocessor; small tiles of
+    # wide heads need it all the same, or the compiler spills.
     tile = max(64 if head_dim <= 128 else 32, group_size)
+    padded = 1 << (head_dim - 1).bit_length()
+    # Two K tiles, or K and V of a dense row, and the means of two tiles; the compiler never took
+    # more.
+    shared = (2 * tile + 48) * padded * cache_bytes
+    if shared_limit is not None and shared > shared_limit:
+        raise ValueError(
+            f"groups of {group_size} tokens at head_dim {head_dim} need {shared >> 10} KiB "
+            "of shared memory, the "
+            f"device has {shared_limit >> 10}; choose a smaller group_size"
+        )
     large = tile * head_dim > 8192
     return LaunchConfig(
         tile=tile,
@@ -64,7 +83,8 @@ def choose_num_splits(
 ) -> int:
     """Parts to cut every row into: enough to fill the device, a power of two, at most MAX_SPLITS.
 
-    It depends on the batch size alone, never on the lengths of its rows, so that it is fixed when a graph is captured.
+    It depends on the batch size alone, never on the lengths of its rows, so that it is fixed when a
+    graph is captured.
 
     Args:
         num_seqs: rows of the batch, padding included.

@@ -1,6 +1,7 @@
 """The GPU decode kernel: queries, a paged KV cache and thresholds in, outputs and counts out.
 
-Same semantics as the CPU kernel. Two launches, both fit for CUDA graphs: the grid depends on the batch size alone, and
+Same semantics as the CPU kernel. Two launches, both fit for CUDA graphs: the grid depends on the
+    batch size alone, and
 everything that varies from step to step is read from device memory.
 """
 
@@ -28,7 +29,8 @@ _FP8_DTYPES = tuple(
 
 @dataclass(frozen=True)
 class DecodeScratch:
-    """Partial results of the splits; one set serves all layers, because stage two of a layer empties it.
+    """Partial results of the splits; one set serves all layers, because stage two of a layer
+    empties it.
 
     Attributes:
         acc: float32, [num_heads, head_dim] per (sequence, split).
@@ -94,28 +96,33 @@ def decode_attention(
     v_scale: Tensor | None = None,
     lse: Tensor | None = None,
 ) -> None:
-    """Attend one query token per sequence to its cached keys, keeping the keys whose score reaches theta.
+    """Attend one query token per sequence to its cached keys, keeping the keys whose score reaches
+    theta.
 
-    The denominator runs over all visible keys and a row's best key is always kept; with `v_means` the mass that a
-    group of tokens loses is multiplied with the mean V of the group's visible keys. The kept set depends neither on the
-    batch nor on the number of splits. V rows that no head of a kv head keeps are not read, except in the at most two
-    groups that a row sees in part.
+    The denominator runs over all visible keys and a row's best key is always kept; with `v_means`
+    the mass that a group of tokens loses is multiplied with the mean V of the group's visible keys.
+    The kept set depends neither on the batch nor on the number of splits. V rows that no head of a
+    kv head keeps are not read, except in the at most two groups that a row sees in part.
 
     Args:
         query: [num_seqs, num_heads, head_dim] bfloat16 or float16; the first stride is free.
-        key_cache: [num_blocks, num_kv_heads, block_size, head_dim], the query's dtype or a float8; strides are free
-            but the last, which is 1.
+        key_cache: [num_blocks, num_kv_heads, block_size, head_dim], the query's dtype or a float8;
+            strides are free but the last, which is 1.
         value_cache: as key_cache, with the same strides.
-        v_means: [num_blocks, num_kv_heads, block_size // group_size, head_dim] in the query's dtype, valid for
-            complete groups; None drops the lost mass.
-        block_table: [num_seqs, max_blocks] int32, the first stride is free; only entries of visible keys are read.
-        seq_lens: [num_seqs] int32, cached keys of the row, its own included; 0 for padding, which yields zeros.
-        theta: [num_seqs, num_heads] float32, units of q.k * sm_scale (after soft cap); the first stride is free.
+        v_means: [num_blocks, num_kv_heads, block_size // group_size, head_dim] in the query's
+            dtype, valid for complete groups; None drops the lost mass.
+        block_table: [num_seqs, max_blocks] int32, the first stride is free; only entries of visible
+            keys are read.
+        seq_lens: [num_seqs] int32, cached keys of the row, its own included; 0 for padding, which
+            yields zeros.
+        theta: [num_seqs, num_heads] float32, units of q.k * sm_scale (after soft cap); the first
+            stride is free.
         sm_scale: factor on q.k.
         dense: [num_seqs] int8, rows that take the dense path and ignore theta where not 0.
         out: [num_seqs, num_heads, head_dim], written; the first stride is free.
         num_kept: [num_seqs, num_heads] int32, written: keys kept (all visible ones on dense rows).
-        v_rows_read: [num_seqs, num_kv_heads] int32, written: V rows that any head of the group keeps.
+        v_rows_read: [num_seqs, num_kv_heads] int32, written: V rows that any head of the group
+            keeps.
         scratch: room for num_seqs * num_splits parts.
         num_splits: parts a row is cut into.
         config: launch parameters.
@@ -124,7 +131,8 @@ def decode_attention(
         sinks: [num_heads] float32, an extra logit in the denominator; None for none.
         k_scale: [1] float32, factor on stored K; None for 1.
         v_scale: [1] float32, factor on stored V and means; both scales or neither are given.
-        lse: [num_seqs, num_heads] float32, written with the log of the denominator, sinks included; None for none.
+        lse: [num_seqs, num_heads] float32, written with the log of the denominator, sinks included;
+            None for none.
 
     Raises:
         ValueError: an argument has another shape, dtype or layout, or a size is not supported.
@@ -146,7 +154,8 @@ def decode_attention(
             tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous()
         ):
             raise ValueError(
-                f"{name} must be contiguous {list(shape)} {dtype}, got {list(tensor.shape)} {tensor.dtype}"
+                f"{name} must be contiguous {list(shape)} {dtype}, got {list(tensor.shape)} "
+                f"{tensor.dtype}"
             )
     if (k_scale is None) != (v_scale is None):
         raise ValueError("give k_scale and v_scale together")
@@ -227,12 +236,12 @@ def decode_attention(
         TILE=config.tile,
         MIN_TILES=config.min_tiles,
         SPLITS_PADDED=splits_padded,
-        CHUNK=min(splits_padded, 16),
+        CHUNK=min(splits_padded, 16 if head_dim <= 128 else 8),
         COMPENSATION=v_means is not None,
         SINKS=sinks is not None,
         SCALED=v_scale is not None,
         LSE=lse is not None,
-        num_warps=2,
+        num_warps=4,
     )
 
 
@@ -240,11 +249,13 @@ def check_supported(head_dim: int, num_heads: int, num_kv_heads: int, block_size
     """Raise ValueError, naming what is wrong, unless the kernel can run these shapes."""
     if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM or head_dim % 16:
         raise ValueError(
-            f"head_dim must be a multiple of 16 from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {head_dim}"
+            f"head_dim must be a multiple of 16 from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got "
+            f"{head_dim}"
         )
     if num_heads % num_kv_heads or num_heads // num_kv_heads > MAX_HEADS_PER_KV_HEAD:
         raise ValueError(
-            f"num_heads must be 1 to {MAX_HEADS_PER_KV_HEAD} times num_kv_heads, got {num_heads} and {num_kv_heads}"
+            f"num_heads must be 1 to {MAX_HEADS_PER_KV_HEAD} times num_kv_heads, got "
+            f"{num_heads} and {num_kv_heads}"
         )
     if block_size % 16:
         raise ValueError(f"block_size must be a multiple of 16, got {block_size}")
@@ -271,7 +282,8 @@ def _check_shapes(
     for name, tensor in (("key_cache", key_cache), ("value_cache", value_cache)):
         if tensor.shape != shape or tensor.stride(3) != 1 or tensor.dtype != key_cache.dtype:
             raise ValueError(
-                f"{name} must be {list(shape)} with a contiguous last dimension, got {list(tensor.shape)}"
+                f"{name} must be {list(shape)} with a contiguous last dimension, got "
+                f"{list(tensor.shape)}"
             )
     if key_cache.stride() != value_cache.stride():
         raise ValueError("key_cache and value_cache must have the same strides")
@@ -280,7 +292,8 @@ def _check_shapes(
         fits = v_means.shape == (num_blocks, num_kv_heads, groups, head_dim)
         if not fits or v_means.stride(3) != 1 or v_means.dtype != query.dtype:
             raise ValueError(
-                f"v_means must be [{num_blocks}, {num_kv_heads}, block_size // group_size, {head_dim}] {query.dtype}, "
+                f"v_means must be [{num_blocks}, {num_kv_heads}, block_size // group_size, "
+                f"{head_dim}] {query.dtype}, "
                 f"got {list(v_means.shape)} {v_means.dtype}"
             )
         if groups * (block_size // max(groups, 1)) != block_size:
@@ -307,12 +320,14 @@ def _check_launch(
         raise ValueError(f"group_size must be one of {GROUP_SIZES}, got {group_size}")
     if config.tile % group_size or config.tile // group_size > 16:
         raise ValueError(
-            f"a tile of {config.tile} keys must hold 1 to 16 groups of {group_size}: choose another tile"
+            f"a tile of {config.tile} keys must hold 1 to 16 groups of {group_size}: choose "
+            "another tile"
         )
     if not 1 <= num_splits <= MAX_SPLITS:
         raise ValueError(f"num_splits must be 1 to {MAX_SPLITS}, got {num_splits}")
     if num_seqs * num_splits > scratch.num_parts:
         raise ValueError(
-            f"scratch has room for {scratch.num_parts} parts, {num_seqs} sequences of {num_splits} splits need "
+            f"scratch has room for {scratch.num_parts} parts, {num_seqs} sequences of "
+            f"{num_splits} splits need "
             f"{num_seqs * num_splits}"
         )

@@ -1,5 +1,8 @@
 """Keeps the mean V of every complete group of tokens: written slots in, stored means out."""
 
+# Arguments of jit functions have no Python types.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+
 import torch
 import triton
 import triton.language as tl
@@ -54,11 +57,13 @@ def _update_v_means_kernel(
 def update_v_means(value_cache: Tensor, v_means: Tensor, slot_mapping: Tensor) -> None:
     """Store the mean V of every group whose last slot is in `slot_mapping`.
 
-    Call it after each write to the cache, with the slots that were written. A group that is not complete has no valid
-    mean, and no kernel reads it. Quantised values are averaged as they are stored, before v_scale.
+    Call it after each write to the cache, with the slots that were written. A group that is not
+    complete has no valid mean, and no kernel reads it. Quantised values are averaged as they are
+    stored, before v_scale.
 
     Args:
-        value_cache: [num_blocks, num_kv_heads, block_size, head_dim], the last dimension contiguous.
+        value_cache: [num_blocks, num_kv_heads, block_size, head_dim], the last dimension
+            contiguous.
         v_means: [num_blocks, num_kv_heads, block_size // group_size, head_dim], written.
         slot_mapping: [num_tokens] int64, block * block_size + offset; negative entries are padding.
 
@@ -75,7 +80,8 @@ def update_v_means(value_cache: Tensor, v_means: Tensor, slot_mapping: Tensor) -
         raise ValueError(f"{groups} groups do not divide a block of {block_size} tokens")
     if slot_mapping.dtype != torch.int64 or slot_mapping.dim() != 1:
         raise ValueError(
-            f"slot_mapping must be [num_tokens] int64, got {list(slot_mapping.shape)} {slot_mapping.dtype}"
+            f"slot_mapping must be [num_tokens] int64, got {list(slot_mapping.shape)} "
+            f"{slot_mapping.dtype}"
         )
     if slot_mapping.shape[0] == 0:
         return

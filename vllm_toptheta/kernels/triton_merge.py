@@ -1,4 +1,9 @@
-"""Stage two of the decode kernel: the splits' partial results in, the row's output, log-sum-exp and counts out."""
+"""Stage two of the decode kernel: the splits' partial results in, the row's output, log-sum-exp and
+counts out.
+"""
+
+# Arguments of jit functions have no Python types.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
 import triton
 import triton.language as tl
@@ -91,9 +96,7 @@ def _merge_kernel(
     for start in range(0, num_active, CHUNK):
         index = start + tl.arange(0, CHUNK)
         is_part = index < num_active
-        part_max = tl.load(
-            softmax_ptr + (first_row + index) * 2, mask=is_part, other=float("-inf")
-        )
+        part_max = tl.load(softmax_ptr + (first_row + index) * 2, mask=is_part, other=float("-inf"))
         part = tl.load(
             acc_ptr + (first_row + index)[:, None] * HEAD_DIM + dim[None, :],
             mask=is_part[:, None] & is_dim[None, :],
@@ -131,9 +134,7 @@ def _merge_kernel(
             )
         tl.store(num_kept_ptr + count, kept)
         if head % HEADS == 0:
-            rows = tl.load(
-                rows_ptr + (count // HEADS) * num_splits + split, mask=active, other=0
-            )
+            rows = tl.load(rows_ptr + (count // HEADS) * num_splits + split, mask=active, other=0)
             extra = _extra_rows(
                 softmax_ptr,
                 best_ptr,

@@ -1,8 +1,13 @@
-"""Stage one of the decode kernel: one part of one row's keys in, unnormalised output, softmax state and counts out.
+"""Stage one of the decode kernel: one part of one row's keys in, unnormalised output, softmax state
+and counts out.
 
-A program owns one sequence, one kv head and one split of the row. Tiles start at absolute multiples of the tile size,
-so a score is computed the same way however the row is cut; theta is absolute, so the kept set is too.
+A program owns one sequence, one kv head and one split of the row. Tiles start at absolute multiples
+of the tile size, so a score is computed the same way however the row is cut; theta is absolute, so
+the kept set is too.
 """
+
+# Arguments of jit functions have no Python types.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
 import triton
 import triton.language as tl
@@ -12,7 +17,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _tile_range(seq_len, window, split, num_splits, TILE: tl.constexpr, MIN_TILES: tl.constexpr):
-    """The first visible key, and the tiles of one split; both ends coincide where a split has none."""
+    """The first visible key, and the tiles of one split; both ends are equal where it has none."""
     begin = tl.maximum(seq_len - window, 0)
     first = begin // TILE
     last = tl.cdiv(seq_len, TILE)
@@ -38,7 +43,11 @@ def _tile_scores(
 ):
     """Scores [heads, TILE] of one K tile, -inf where hidden."""
     dim = tl.arange(0, DIM_PADDED)
-    pointers = key_ptr + (block.to(tl.int64) * key_block_stride + offset * key_slot_stride)[None, :] + dim[:, None]
+    pointers = (
+        key_ptr
+        + (block.to(tl.int64) * key_block_stride + offset * key_slot_stride)[None, :]
+        + dim[:, None]
+    )
     mask = visible[None, :]
     if HEAD_DIM != DIM_PADDED:
         mask = mask & (dim < HEAD_DIM)[:, None]
@@ -61,9 +70,13 @@ def _load_rows(
     HEAD_DIM: tl.constexpr,
     DIM_PADDED: tl.constexpr,
 ):
-    """Rows [num, DIM_PADDED] of V or of the means; a row that is masked off causes no memory traffic."""
+    """Rows [num, DIM_PADDED] of V or of the means; a row that is masked off causes no memory
+    traffic.
+    """
     dim = tl.arange(0, DIM_PADDED)
-    pointers = pointer + (block.to(tl.int64) * block_stride + offset * slot_stride)[:, None] + dim[None, :]
+    pointers = (
+        pointer + (block.to(tl.int64) * block_stride + offset * slot_stride)[:, None] + dim[None, :]
+    )
     mask = rows[:, None]
     if HEAD_DIM != DIM_PADDED:
         mask = mask & (dim < HEAD_DIM)[None, :]
@@ -76,8 +89,8 @@ def _spread_partial_groups(
 ):
     """Spread what the row's partial groups lose over their visible rows.
 
-    Only the group at the window's start and the one at the row's end can be partial; their mean over the visible rows
-    is not stored anywhere, so these rows are read.
+    Only the group at the window's start and the one at the row's end can be partial; their mean
+    over the visible rows is not stored anywhere, so these rows are read.
 
     Returns:
         The weights with the spread added, and the mask of the rows in partial groups.
@@ -138,8 +151,9 @@ def _split_kernel(
     SOFT_CAP: tl.constexpr,
     SCALED: tl.constexpr,
 ):
-    """One split. Scratch, indexed by (seq, head, split): acc [HEAD_DIM] and softmax (max, sum) float32, best
-    (position, whether another head keeps it) and kept int32; rows by (seq, kv head, split) int32.
+    """One split. Scratch, indexed by (seq, head, split): acc [HEAD_DIM] and softmax (max, sum)
+    float32, best (position, whether another head keeps it) and kept int32; rows by (seq, kv head,
+    split) int32.
 
     Value pointers share the key's strides: K and V are halves of the same rows.
     """
@@ -149,9 +163,7 @@ def _split_kernel(
     num_kv_heads = tl.num_programs(0)
     num_splits = tl.num_programs(1)
     seq_len = tl.load(seq_lens_ptr + seq)
-    begin, tile_begin, tile_end = _tile_range(
-        seq_len, window, split, num_splits, TILE, MIN_TILES
-    )
+    begin, tile_begin, tile_end = _tile_range(seq_len, window, split, num_splits, TILE, MIN_TILES)
     if tile_begin >= tile_end:
         return
 
@@ -160,10 +172,7 @@ def _split_kernel(
     is_head = head < HEADS
     query_head = kv_head * HEADS + head
     query = tl.load(
-        query_ptr
-        + seq.to(tl.int64) * query_stride
-        + query_head[:, None] * HEAD_DIM
-        + dim[None, :],
+        query_ptr + seq.to(tl.int64) * query_stride + query_head[:, None] * HEAD_DIM + dim[None, :],
         mask=is_head[:, None] & (dim < HEAD_DIM)[None, :],
         other=0.0,
     )
@@ -220,9 +229,7 @@ def _split_kernel(
             probs = tl.exp2((scores - new_max[:, None]) * LOG2E)
             max_score = new_max
             sum_exp = sum_exp * alpha + tl.sum(probs, 1)
-            acc = tl.dot(
-                probs.to(query.dtype), value.to(query.dtype), acc * alpha[:, None]
-            )
+            acc = tl.dot(probs.to(query.dtype), value.to(query.dtype), acc * alpha[:, None])
     else:
         theta = tl.load(
             theta_ptr + seq.to(tl.int64) * theta_stride + query_head,
@@ -254,8 +261,8 @@ def _split_kernel(
             num_kept += tl.sum(kept.to(tl.int32), 1)
             rows_read += tl.sum(any_head, 0)
 
-            # The row's best key is kept even below theta. Whether a split's best is the row's best is known to the
-            # merge only, so it is noted here; heads that reach theta need no note.
+            # The row's best key is kept even below theta. Whether a split's best is the row's best
+            # is known to the merge only, so it is noted here; heads that reach theta need no note.
             is_best = (tile_max > max_score) & (tile_max < theta) & is_head
             if tl.max(is_best.to(tl.int32), 0) > 0:
                 index = tl.argmax(scores, 1)
@@ -281,9 +288,9 @@ def _split_kernel(
                         weights, probs, kept, visible, position, begin, seq_len, GROUP_SIZE
                     )
                     rows = rows | partial
-                    lost = tl.where(partial[None, :], 0.0, lost)
             if tl.max(rows.to(tl.int32), 0) > 0:
-                # Read again rather than kept: registers are scarcer here than the first-level cache is slow.
+                # Read again rather than kept: registers are scarcer here than the first-level cache
+                # is slow.
                 again = tl.load(block_table_ptr + position // BLOCK_SIZE, mask=rows, other=0)
                 value = _load_rows(
                     value_ptr,
@@ -350,7 +357,10 @@ def _add_group_means(
     GROUP_SIZE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Add the lost mass [heads, TILE] of every complete group times the group's stored mean V."""
+    """Add the lost mass [heads, TILE] of every complete group times the group's stored mean V.
+
+    Groups that the row sees in part count as zero here; their mass is spread already.
+    """
     NUM_GROUPS: tl.constexpr = TILE // GROUP_SIZE
     GROUPS_PADDED: tl.constexpr = 16  # the smallest inner dimension of tl.dot
     group = tl.arange(0, GROUPS_PADDED)

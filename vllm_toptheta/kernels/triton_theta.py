@@ -1,8 +1,12 @@
-"""Thresholds of a step on the device: the table, row lengths and each row's k in, theta and the dense rows out.
+"""Thresholds of a step on the device: the table, row lengths and each row's k in, theta and the
+dense rows out.
 
-One launch serves every layer of a step. Decode kernels then take theta as it stands, so that each has neither a second
-launch nor a chain of dependent loads before its first K tile.
+One launch serves every layer of a step. Decode kernels then take theta as it stands, so that each
+has neither a second launch nor a chain of dependent loads before its first K tile.
 """
+
+# Arguments of jit functions have no Python types.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
 import torch
 import triton
@@ -10,8 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 DENSE_NONE, DENSE_SHORT, DENSE_WINDOW, DENSE_LAYER, DENSE_ROW = range(5)
-"""Why a row of a layer runs dense: not at all, few keys, a window not larger than k, the layer or the row is
-excluded."""
+"""Why a row of a layer runs dense: not at all, few keys, a window not larger than k, the layer or
+the row is excluded.
+"""
 
 _NONE = tl.constexpr(DENSE_NONE)
 _SHORT = tl.constexpr(DENSE_SHORT)
@@ -99,7 +104,8 @@ def _lookup_theta_kernel(
 
 @triton.jit
 def _lerp(low, high, weight):
-    # Exact at both ends: a table says "keep all" by a huge negative theta, in which low + (high - low) would drown.
+    # Exact at both ends: a table says "keep all" by a huge negative theta, in which low + (high -
+    # low) would drown.
     return low * (1.0 - weight) + high * weight
 
 
@@ -132,13 +138,14 @@ def lookup_theta(
 ) -> None:
     """Look up theta of every (layer, row, head) and decide which rows run dense.
 
-    Theta is linear in log2(length) between knots, along the slope past the last, and linear in the level position
-    between levels. A layer with its own k ignores the rows' k. Of several reasons to run dense the strongest is
-    reported: row, layer, window, short.
+    Theta is linear in log2(length) between knots, along the slope past the last, and linear in the
+    level position between levels. A layer with its own k ignores the rows' k. Of several reasons to
+    run dense the strongest is reported: row, layer, window, short.
 
     Args:
         theta_table: [num_layers, num_levels, num_heads, num_knots] float32.
-        slope_table: [num_layers, num_levels, num_heads] float32, theta per doubling past the last knot.
+        slope_table: [num_layers, num_levels, num_heads] float32, theta per doubling past the last
+            knot.
         log2_lengths: [num_knots] float32, ascending, at least two.
         layer_window: [num_layers] int32, keys a row sees at most; the largest int32 for all.
         layer_k: [num_layers] float32, the layer's own k; 0 where the row's k counts.
@@ -146,11 +153,13 @@ def lookup_theta(
         layer_dense: [num_layers] int8, layers that run dense.
         seq_lens: [num_seqs] int32.
         row_k: [at least num_seqs] float32, mean keys a row keeps.
-        row_level: [at least num_seqs] float32, position of row_k among the levels: index of the lower one plus the
-            weight of the upper one.
-        row_min_len: [at least num_seqs] int32, rows that see at most this many keys, or k, run dense.
+        row_level: [at least num_seqs] float32, position of row_k among the levels: index of the
+            lower one plus the weight of the upper one.
+        row_min_len: [at least num_seqs] int32, rows that see at most this many keys, or k, run
+            dense.
         row_dense: [at least num_seqs] int8, rows that run dense.
-        out: [num_layers, max_seqs, num_heads] float32, the first num_seqs rows are written; the first stride is free.
+        out: [num_layers, max_seqs, num_heads] float32, the first num_seqs rows are written; the
+            first stride is free.
         dense: [num_layers, max_seqs] int8, written likewise with DENSE_* codes.
 
     Raises:
@@ -174,11 +183,13 @@ def lookup_theta(
     ):
         if tensor.dtype != dtype or tensor.dim() != 1 or tensor.shape[0] < length:
             raise ValueError(
-                f"{name} must hold at least {length} {dtype}, got {list(tensor.shape)} {tensor.dtype}"
+                f"{name} must hold at least {length} {dtype}, got {list(tensor.shape)} "
+                f"{tensor.dtype}"
             )
     if slope_table.shape != (num_layers, num_levels, num_heads) or num_knots < 2:
         raise ValueError(
-            f"slope_table {list(slope_table.shape)} does not belong to theta_table {list(theta_table.shape)}"
+            f"slope_table {list(slope_table.shape)} does not belong to theta_table "
+            f"{list(theta_table.shape)}"
         )
     if num_seqs == 0:
         return

@@ -7,6 +7,7 @@ everything else arrives as vLLM wrote it.
 
 import json
 import re
+import reprlib
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -96,14 +97,14 @@ def _problem(body: bytes) -> str | None:
         return None
     try:
         request = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):  # RecursionError: brackets a hundred thousand deep
         return None
     if not isinstance(request, dict):
         return None
     # vLLM ignores unknown fields, which would leave the client believing that it was heard.
     if stray := sorted(key for key in request if key.startswith(PREFIX)):
         return (
-            f"{', '.join(map(repr, stray))} must stand inside of vllm_xargs: "
+            f"{', '.join(map(reprlib.repr, stray[:3]))} must stand inside of vllm_xargs: "
             '"vllm_xargs": {"toptheta_k": 128}'
         )
     try:

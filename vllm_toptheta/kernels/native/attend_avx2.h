@@ -11,7 +11,7 @@ namespace topt {
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr int kMaxUnits = 32;     // runs of 16 tokens in the largest block
-constexpr int kDenseEighths = 3;  // a block that keeps more than 3/8 of its V rows is read as a whole
+constexpr int kDensePercent = 28;  // a block that keeps more of its V rows is read as a whole
 
 // What a task knows about one query head so far. Scores are in units of log2.
 struct HeadState {
@@ -301,8 +301,8 @@ class PageAttention {
     if (total)
       for (int w = 0; w < num_words; w++) rows += __builtin_popcountll(union_word(block, w));
     t.num_union += rows;
-    if (rows * 8 > num_visible * kDenseEighths) {
-      if (total < num_visible * G) keep_in_place(t, block, visible, begin, end);
+    if (rows * 100 > num_visible * kDensePercent) {
+      if (a.compensation && total < num_visible * G) spread_lost_mass(t, block, visible, begin, end);
       weighted_rows(t, block.v, visible, block.p, B, bytes(next));
       return true;
     }
@@ -380,19 +380,19 @@ class PageAttention {
     }
   }
 
-  // Turns exponentials into weights on all visible keys: zero where not kept, plus the group's lost mass in equal
-  // parts, which is the same as compensating with the mean.
-  void keep_in_place(Task& t, Block& block, const Span& visible, int begin, int end) const {
+  // Adds the lost mass of every group to the weights of its visible keys in equal parts, which is the same as
+  // compensating with the mean.
+  void spread_lost_mass(Task& t, Block& block, const Span& visible, int begin, int end) const {
     alignas(32) float share[kMaxUnits];  // of a token in the lost mass of its group
-    std::fill_n(share, num_units, a.compensation ? 1.0f / a.group_size : 0.0f);
-    if (a.compensation && visible.end - visible.begin < B)
+    std::fill_n(share, num_units, 1.0f / a.group_size);
+    if (visible.end - visible.begin < B)
       for (int i = begin; i < end; i += 16) {
         const Span group = group_of(i >> group_shift, visible);
         share[i / 16] = 1.0f / (group.end - group.begin);
       }
     for (int g = 0; g < G; g++)
-      mask_and_spread(block.p + static_cast<size_t>(g) * B, begin, end, block.kept + g * num_words,
-                      t.lost + static_cast<size_t>(g) * lost_stride, group_shift, share);
+      spread_lost(block.p + static_cast<size_t>(g) * B, begin, end, t.lost + static_cast<size_t>(g) * lost_stride,
+                  group_shift, share);
   }
 
   // Adds lost mass times mean V: from the stored means where the row sees the whole group, else from the V rows.

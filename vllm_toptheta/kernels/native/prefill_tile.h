@@ -305,8 +305,8 @@ class PrefillTile {
     }
   }
 
-  // Multiplies all of V: zero where not kept, plus the group's lost mass in equal parts, which is the same as
-  // compensating with the mean.
+  // Multiplies all of V: weights are zero where not kept, plus the group's lost mass in equal parts, which is the same
+  // as compensating with the mean.
   void add_all_values(Task& t, int first, int n, int position, const Span& all) const {
     if (!t.has_values) load_values(t, all);
     const int begin = all.begin & ~15, end = (all.end + 15) & ~15;
@@ -319,8 +319,7 @@ class PrefillTile {
           const int size = group_of(16 * u >> group_shift, visible).size();
           share[u] = a.compensation && size ? 1.0f / size : 0.0f;
         }
-        mask_and_spread(p, visible.begin & ~15, (visible.end + 15) & ~15, t.kept + 2 * r, t.lost + r * kUnits,
-                        group_shift, share);
+        spread_lost(p, visible.begin & ~15, (visible.end + 15) & ~15, t.lost + r * kUnits, group_shift, share);
       }
       if (visible.begin > 0) std::fill(p, p + std::min(visible.begin, kKeyTile), 0.0f);
       if (visible.end < kKeyTile) std::fill(p + std::max(visible.end, 0), p + kKeyTile, 0.0f);

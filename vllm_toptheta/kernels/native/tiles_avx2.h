@@ -163,8 +163,8 @@ TOPT_TILE void apply_soft_cap(float* s, int begin, int end, float cap) {
 }
 
 // Replaces scores of tokens [begin, end), multiples of 16, by exp2(score - max) and returns their sum.
-// PRUNE: also writes one bit a token, "score >= theta", and LOST: the eight-lane sums of what stays below, one vector
-// per 16 tokens.
+// PRUNE: writes zero where the score is below theta, and one bit a token, "score >= theta"; LOST: also the eight-lane
+// sums of what stays below, one vector per 16 tokens.
 template <bool PRUNE, bool LOST>
 TOPT_TILE float exponentials(float* __restrict s, int begin, int end, float max, float theta,
                              uint64_t* __restrict kept, float* __restrict lost, const char* ahead) {
@@ -177,12 +177,15 @@ TOPT_TILE float exponentials(float* __restrict s, int begin, int end, float max,
     const __m256 e0 = exp2_nonpositive(_mm256_sub_ps(x0, m)), e1 = exp2_nonpositive(_mm256_sub_ps(x1, m));
     sum0 = _mm256_add_ps(sum0, e0);
     sum1 = _mm256_add_ps(sum1, e1);
-    _mm256_store_ps(s + t, e0);
-    _mm256_store_ps(s + t + 8, e1);
-    if (PRUNE) {
+    if (!PRUNE) {
+      _mm256_store_ps(s + t, e0);
+      _mm256_store_ps(s + t + 8, e1);
+    } else {
       const __m256 k0 = _mm256_cmp_ps(x0, limit, _CMP_GE_OQ), k1 = _mm256_cmp_ps(x1, limit, _CMP_GE_OQ);
       const uint16_t bits = static_cast<uint16_t>(_mm256_movemask_ps(k0) | _mm256_movemask_ps(k1) << 8);
       std::memcpy(reinterpret_cast<char*>(kept) + t / 8, &bits, sizeof(bits));
+      _mm256_store_ps(s + t, _mm256_and_ps(k0, e0));
+      _mm256_store_ps(s + t + 8, _mm256_and_ps(k1, e1));
       if (LOST)
         _mm256_store_ps(lost + t / 2, _mm256_add_ps(_mm256_andnot_ps(k0, e0), _mm256_andnot_ps(k1, e1)));
     }
@@ -190,20 +193,14 @@ TOPT_TILE float exponentials(float* __restrict s, int begin, int end, float max,
   return horizontal_sum(_mm256_add_ps(sum0, sum1));
 }
 
-// p = (kept ? p : 0) + lost of the token's group * share, tokens [begin, end), multiples of 16.
+// p += lost of the token's group * share, tokens [begin, end), multiples of 16.
 // lost: one value per group of 2^group_shift tokens; share: one value per 16 tokens.
-TOPT_TILE void mask_and_spread(float* __restrict p, int begin, int end, const uint64_t* __restrict kept,
-                               const float* __restrict lost, int group_shift, const float* __restrict share) {
-  const __m256i low = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128), high = _mm256_slli_epi32(low, 8);
+TOPT_TILE void spread_lost(float* __restrict p, int begin, int end, const float* __restrict lost, int group_shift,
+                           const float* __restrict share) {
   for (int t = begin; t < end; t += 16) {
     const __m256 spread = _mm256_set1_ps(lost[t >> group_shift] * share[t / 16]);
-    const __m256i bits = _mm256_set1_epi32(static_cast<int>(kept[t / 64] >> (t % 64)));
-    const __m256i k0 = _mm256_cmpeq_epi32(_mm256_and_si256(bits, low), low);
-    const __m256i k1 = _mm256_cmpeq_epi32(_mm256_and_si256(bits, high), high);
-    const __m256 p0 = _mm256_and_ps(_mm256_castsi256_ps(k0), _mm256_load_ps(p + t));
-    const __m256 p1 = _mm256_and_ps(_mm256_castsi256_ps(k1), _mm256_load_ps(p + t + 8));
-    _mm256_store_ps(p + t, _mm256_add_ps(p0, spread));
-    _mm256_store_ps(p + t + 8, _mm256_add_ps(p1, spread));
+    _mm256_store_ps(p + t, _mm256_add_ps(_mm256_load_ps(p + t), spread));
+    _mm256_store_ps(p + t + 8, _mm256_add_ps(_mm256_load_ps(p + t + 8), spread));
   }
 }
 

@@ -1,0 +1,458 @@
+"""The GPU backend: vLLM's attention calls in, single-token rows through the Top-theta kernels and
+the rest through vLLM's Triton attention.
+
+Everything the kernels need lives in tensors that stay in place and are refreshed in `build`, which
+runs every step, also where a captured graph replays the layers. Prompt tokens are never pruned:
+chunks run on vLLM's kernel, and a single one left over by the prefix cache or a chunk boundary
+takes the dense path inside ours.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionType,
+    CommonAttentionMetadata,
+)
+from vllm.v1.attention.backends.triton_attn import (
+    TritonAttentionBackend,
+    TritonAttentionImpl,
+    TritonAttentionMetadata,
+    TritonAttentionMetadataBuilder,
+)
+from vllm.v1.kv_cache_layout import KVCacheLayout
+
+from vllm_toptheta.backend.dial import row_options
+from vllm_toptheta.backend.gpu_tensors import DecodeRows, LayerShape, StepTensors
+from vllm_toptheta.backend.plan import Plan
+from vllm_toptheta.backend.registration import NAME
+from vllm_toptheta.backend.sidecar import pad_page, v_means_view
+from vllm_toptheta.backend.step import GPUStepCounts
+from vllm_toptheta.config import TopThetaConfig
+from vllm_toptheta.kernels.triton_config import choose_config
+from vllm_toptheta.kernels.triton_decode import (
+    MAX_HEAD_DIM,
+    MIN_HEAD_DIM,
+    check_supported,
+    decode_attention,
+)
+from vllm_toptheta.kernels.triton_means import update_v_means
+from vllm_toptheta.telemetry.carrier import install_on_runner
+from vllm_toptheta.telemetry.step_log import STEP_LOG
+
+logger = init_logger("vllm.toptheta.gpu")
+
+_ROCM_SHARED_BYTES = 64 << 10
+
+
+class TopThetaGPUBackend(TritonAttentionBackend):
+    """Top-theta attention on vLLM's paged GPU cache."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16]
+    # No fp8_e5m2: vLLM's Triton cache writer stores e4m3 under either name.
+    supported_kv_cache_dtypes = ["auto", "float16", "bfloat16", "fp8", "fp8_e4m3"]
+    group_size = TopThetaConfig.model_fields["group_size"].default
+    """Set by the first layer of an engine: vLLM asks for the page size where it hands out no
+    configuration.
+    """
+
+    @staticmethod
+    def get_name() -> str:
+        return NAME
+
+    @staticmethod
+    def get_impl_cls() -> type["TopThetaGPUImpl"]:
+        return TopThetaGPUImpl
+
+    @staticmethod
+    def get_builder_cls() -> type["TopThetaGPUMetadataBuilder"]:
+        return TopThetaGPUMetadataBuilder
+
+    @classmethod
+    def customize_spec(cls, spec: Any) -> Any:
+        return pad_page(spec, cls.group_size)
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        # Only where a page is one run of bytes has it an end that side data can follow.
+        return (
+            KVCacheLayout.LBNHC,
+            KVCacheLayout.LBHNC,
+            KVCacheLayout.BLNHC,
+            KVCacheLayout.BLHNC,
+        )
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        return MIN_HEAD_DIM <= head_size <= MAX_HEAD_DIM and head_size % 16 == 0
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        return attn_type == AttentionType.DECODER
+
+    @classmethod
+    def supports_non_causal(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_rswa(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_mm_prefix(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_alibi_sqrt(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        # Kept sets do not depend on the batch, but the number of splits does, and with it the order
+        # of sums.
+        return False
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        # Connectors move K and V by view and would leave the means behind.
+        return False
+
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_compute_capability(cls, capability: Any) -> bool:
+        return capability is None or current_platform.is_rocm() or capability >= (8, 0)
+
+    @classmethod
+    def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
+        if not (current_platform.is_cuda() or current_platform.is_rocm()):
+            return [f"toptheta's GPU kernels need CUDA or ROCm, not {current_platform.device_name}"]
+        return super().validate_configuration(*args, **kwargs)
+
+
+@dataclass
+class TopThetaGPUMetadata:
+    """One step's attention metadata for the layers of one builder.
+
+    Attributes:
+        num_actual_tokens: tokens of the batch; single-token rows first.
+        decode: the single-token rows, or None.
+        prefill: TRITON_ATTN's metadata of the remaining rows, or None.
+    """
+
+    num_actual_tokens: int
+    decode: DecodeRows | None
+    prefill: TritonAttentionMetadata | None
+
+
+class TopThetaGPUMetadataBuilder(TritonAttentionMetadataBuilder):
+    """Splits a batch into single-token rows and the rest, and looks up the thresholds of the
+    former.
+    """
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = (
+        AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    )
+    reorder_batch_threshold = 1
+
+    def __init__(
+        self,
+        kv_cache_spec: Any,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        # Thresholds are looked up in build(), which a graph of draft steps would skip.
+        self.supports_draft_decode_metadata_update = False
+        self.plan = Plan.from_vllm_config(vllm_config)
+        attention = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        impls = [attention[name].impl for name in layer_names]
+        shapes = {(impl.num_heads, impl.num_kv_heads, impl.head_dim) for impl in impls}
+        if len(shapes) != 1:
+            raise ValueError(
+                f"toptheta needs layers of one shape in a KV cache group, got {sorted(shapes)}"
+            )
+        shape = LayerShape(*shapes.pop())
+        check_supported(shape.head_dim, shape.num_heads, shape.num_kv_heads, self.block_size)
+        self.layers = indices = [self._layer_index(name) for name in layer_names]
+        for slot, impl in enumerate(impls):
+            impl.bind(slot)
+        name, num_units, shared_limit = _device_limits(device)
+        sizes = vllm_config.compilation_config.cudagraph_capture_sizes or [0]
+        self.tensors = StepTensors(
+            self.plan,
+            indices,
+            [impl.window for impl in impls],
+            shape,
+            max_rows=max(vllm_config.scheduler_config.max_num_seqs, *sizes),
+            launch=choose_config(
+                head_dim=shape.head_dim,
+                group_size=self.plan.config.group_size,
+                cache_bytes=kv_cache_spec.dtype.itemsize,
+                device=name,
+                shared_limit=shared_limit,
+            ),
+            num_units=num_units,
+            device=device,
+        )
+        if vllm_config.speculative_config is not None:
+            logger.warning_once(
+                "toptheta: rows that verify several draft tokens at once are not pruned; "
+                "they are counted as dense"
+            )
+        self._install_telemetry()
+
+    def _layer_index(self, name: str) -> int:
+        index = extract_layer_index(name)
+        if index >= self.plan.table.num_layers:
+            raise ValueError(
+                f"toptheta: layer {name} is not in the threshold table, which has "
+                f"{self.plan.table.num_layers} layers; serve draft models without toptheta"
+            )
+        return index
+
+    def _install_telemetry(self) -> None:
+        if self.vllm_config.use_v2_model_runner:
+            from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+        else:
+            from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+        install_on_runner(GPUModelRunner, count=self.plan.config.telemetry)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> TopThetaGPUMetadata:
+        cam = common_attn_metadata
+        query_lens = cam.query_start_loc_cpu.diff().to(torch.int64)
+        num_rows = _count_single_token_rows(query_lens)
+        options = row_options(cam)
+        decode = None
+        if num_rows:
+            prompt = None if cam.is_prefilling is None else cam.is_prefilling[:num_rows]
+            decode = self.tensors.refresh(
+                cam.seq_lens[:num_rows], cam.block_table_tensor, prompt, options
+            )
+        prefill = None
+        if num_rows < cam.num_reqs:
+            tokens = int(cam.query_start_loc_cpu[num_rows])
+            rest = cam.replace(
+                query_start_loc=cam.query_start_loc[num_rows:] - tokens,
+                query_start_loc_cpu=cam.query_start_loc_cpu[num_rows:] - tokens,
+                seq_lens=cam.seq_lens[num_rows:],
+                num_reqs=cam.num_reqs - num_rows,
+                num_actual_tokens=cam.num_actual_tokens - tokens,
+                block_table_tensor=cam.block_table_tensor[num_rows:],
+                slot_mapping=cam.slot_mapping[tokens:],
+            )
+            prefill = super().build(common_prefix_len, rest, fast_build)
+        query_lens[:num_rows] = 0
+        STEP_LOG.append(
+            GPUStepCounts(
+                tensors=self.tensors,
+                prefill_lens=query_lens,
+                seq_lens=cam.seq_lens[:num_rows],
+                layers=self.layers,
+                num_layers=self.plan.table.num_layers,
+                detail=[row for row, asked in options.items() if asked.layers],
+            )
+        )
+        return TopThetaGPUMetadata(cam.num_actual_tokens, decode, prefill)
+
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> TopThetaGPUMetadata:
+        # Short rows keep the capture fast; the grid depends on the batch size alone.
+        common_attn_metadata.seq_lens.fill_(1)
+        metadata = self.build(0, common_attn_metadata)
+        if metadata.prefill is not None:
+            raise RuntimeError(
+                "toptheta captures graphs of single-token rows only; set the compilation option "
+                "cudagraph_mode to FULL_AND_PIECEWISE or FULL_DECODE_ONLY"
+            )
+        return metadata
+
+
+def _count_single_token_rows(query_lens: torch.Tensor) -> int:
+    """Leading rows with at most one token; padding of a captured graph has none."""
+    longer = query_lens > 1
+    return int(longer.int().argmax()) if bool(longer.any()) else len(query_lens)
+
+
+def _device_limits(device: torch.device) -> tuple[str, int, int | None]:
+    """Name, multiprocessors and shared memory per program; nothing in particular without a GPU."""
+    if device.type != "cuda":
+        return "", 1, None
+    properties = torch.cuda.get_device_properties(device)
+    shared = getattr(properties, "shared_memory_per_block_optin", None)
+    if current_platform.is_rocm():
+        shared = _ROCM_SHARED_BYTES
+    return properties.name, properties.multi_processor_count, shared
+
+
+class TopThetaGPUImpl(TritonAttentionImpl):
+    """One attention layer: single-token rows through the Top-theta kernels, the rest through
+    TRITON_ATTN.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None,
+        sliding_window: int | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        if alibi_slopes is not None:
+            raise ValueError(
+                "toptheta does not support ALiBi: thresholds are calibrated on scores "
+                "without a position bias. "
+                "Serve this model with another --attention-backend"
+            )
+        if kwargs.get("chunk_lookback", -1) != -1:
+            raise ValueError(
+                "toptheta does not support chunked attention; serve with another backend"
+            )
+        super().__init__(
+            num_heads,
+            head_size,
+            scale,
+            num_kv_heads,
+            alibi_slopes,
+            sliding_window,
+            *args,
+            **kwargs,
+        )
+        self.head_dim = head_size
+        self.sm_scale = self.scale
+        self.window = sliding_window
+        self.soft_cap = self.logits_soft_cap or None
+        self.is_fp8 = self.kv_cache_dtype.startswith("fp8")
+        # vLLM would hand over a query in fp8; scores are compared with thresholds, so they keep its
+        # full precision.
+        self.supports_quant_query_input = False
+        self.float_sinks: torch.Tensor | None = None
+        self._means_of: int | None = None
+        config = TopThetaConfig.from_additional_config(get_current_vllm_config().additional_config)
+        self.group_size, self.compensation = config.group_size, config.compensation
+        TopThetaGPUBackend.group_size = config.group_size
+
+    def bind(self, slot: int) -> None:
+        """Tell the layer its place in the builder's tensors."""
+        self.slot = slot
+
+    def fused_output_quant_supported(self, quant_key: Any) -> bool:
+        return False
+
+    def fused_rope_kvcache_supported(self) -> bool:
+        # The fused writer would leave the V means behind.
+        return False
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        super().process_weights_after_loading(act_dtype)
+        if self.sinks is not None:
+            self.float_sinks = self.sinks.float()
+
+    def _means(self, kv_cache: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+        """[num_blocks, num_kv_heads, groups, head_dim] view of the page's side data; None without
+        compensation.
+        """
+        # Layers that never prune keep means too: others may share their cache.
+        if not self.compensation:
+            return None
+        if self._means_of != kv_cache.data_ptr():
+            self._v_means = v_means_view(kv_cache, self.group_size, dtype)
+            self._means_of = kv_cache.data_ptr()
+        return self._v_means
+
+    def _split(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V, each [num_blocks, num_kv_heads, block_size, head_dim]."""
+        key_cache, value_cache = kv_cache.split(self.head_dim, dim=-1)
+        if self.is_fp8:
+            return key_cache.view(self.fp8_dtype), value_cache.view(self.fp8_dtype)
+        return key_cache, value_cache
+
+    def do_kv_cache_update(
+        self,
+        layer: Any,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+        v_means = self._means(kv_cache, key.dtype)
+        if v_means is not None:
+            update_v_means(self._split(kv_cache)[1], v_means, slot_mapping)
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: TopThetaGPUMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if attn_metadata is None:  # profiling run
+            return output.fill_(0)
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("toptheta does not fuse output quantisation")
+        num_rows = 0
+        if (rows := attn_metadata.decode) is not None:
+            num_rows = rows.num_rows
+            if self.sinks is not None and self.float_sinks is None:
+                self.float_sinks = self.sinks.float()
+            key_cache, value_cache = self._split(kv_cache)
+            decode_attention(
+                query[:num_rows],
+                key_cache,
+                value_cache,
+                self._means(kv_cache, query.dtype),
+                rows.block_table,
+                rows.seq_lens,
+                rows.theta[self.slot],
+                sm_scale=self.sm_scale,
+                dense=rows.dense[self.slot],
+                out=output[:num_rows],
+                num_kept=rows.num_kept[self.slot],
+                v_rows_read=rows.v_rows_read[self.slot],
+                scratch=rows.scratch,
+                num_splits=rows.num_splits,
+                config=rows.config,
+                window=self.window,
+                soft_cap=self.soft_cap,
+                sinks=self.float_sinks,
+                k_scale=layer._k_scale if self.is_fp8 else None,
+                v_scale=layer._v_scale if self.is_fp8 else None,
+            )
+        if attn_metadata.prefill is not None:
+            rest = slice(num_rows, attn_metadata.num_actual_tokens)
+            super().forward(
+                layer,
+                query[rest],
+                key,
+                value,
+                kv_cache,
+                attn_metadata.prefill,
+                output[rest],
+            )
+        return output
