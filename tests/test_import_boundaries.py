@@ -45,6 +45,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
             "evaluation",
             "kernels",
             "model_identity",
+            "telemetry",
             "thresholds",
             "threshold_store",
         },

@@ -33,10 +33,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_calibrate(commands.add_parser("calibrate", help="measure a model's thresholds"))
     _add_inspect(commands.add_parser("inspect", help="show what a threshold table holds"))
     evaluate = commands.add_parser("evaluate", help="measure what pruning does to a model")
+    what = evaluate.add_subparsers(required=True, metavar="WHAT")
     _add_perplexity(
-        evaluate.add_subparsers(required=True, metavar="WHAT").add_parser(
+        what.add_parser(
             "perplexity", help="perplexity and rows read: dense, exact top-k, Top-theta"
         )
+    )
+    _add_prompts(
+        what.add_parser("prompts", help="perplexity through vLLM's engine with pruned prompts")
     )
     doctor = commands.add_parser("doctor", help="check the installation")
     doctor.set_defaults(run=_doctor)
@@ -49,6 +53,18 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--dtype", default="float32", help="torch dtype or auto (default: %(default)s)"
     )
     parser.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
+
+
+def _add_prompts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="Hugging Face repository or folder")
+    parser.add_argument("--text", nargs="+", type=Path, metavar="FILE", required=True)
+    parser.add_argument("--dtype", default="float32", help="torch dtype (default: %(default)s)")
+    parser.add_argument("--k", type=float, nargs="+", default=[128], help="prefill_k to try")
+    parser.add_argument("--length", type=int, default=2048, help="tokens a prompt")
+    parser.add_argument("--documents", type=int, default=2, help="prompts")
+    parser.add_argument("--min-kv-len", type=int, default=128, help="shorter rows are dense")
+    parser.add_argument("--chunk", type=int, default=1024, help="prompt tokens a step")
+    parser.set_defaults(run=_prompts)
 
 
 def _add_calibrate(parser: argparse.ArgumentParser) -> None:
@@ -200,6 +216,23 @@ def _perplexity(arguments: argparse.Namespace) -> int:
     if arguments.json:
         rows = [result.to_dict() for result in results]
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+    return 0
+
+
+def _prompts(arguments: argparse.Namespace) -> int:
+    from vllm_toptheta.evaluation.engine import compare_prompts
+
+    compare_prompts(
+        arguments.model,
+        arguments.text,
+        arguments.k,
+        length=arguments.length,
+        num_documents=arguments.documents,
+        min_kv_len=arguments.min_kv_len,
+        chunk=arguments.chunk,
+        dtype=arguments.dtype,
+        report=lambda line: print(line, flush=True),
+    )
     return 0
 
 

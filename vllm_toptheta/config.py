@@ -37,6 +37,8 @@ class TopThetaConfig(BaseModel):
     Attributes:
         thresholds: "auto" (find a table by model identity), a shipped name, or a path to a table.
         k: mean keys a row keeps over all layers and heads; within the levels of the table.
+        phases: which rows are pruned: generated tokens, prompt tokens, or both.
+        prefill_k: mean keys a prompt row keeps; None takes k.
         min_kv_len: rows that see at most this many keys run dense.
         compensation: add the lost mass times the mean V of its token group.
         group_size: tokens per compensation group; divides vLLM's block size.
@@ -51,6 +53,8 @@ class TopThetaConfig(BaseModel):
 
     thresholds: str = "auto"
     k: float = Field(default=128, gt=0, allow_inf_nan=False)
+    phases: Literal["decode", "prefill", "both"] = "decode"
+    prefill_k: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     min_kv_len: int = Field(default=1024, ge=0)
     compensation: bool = True
     group_size: Literal[16, 32, 64, 128] = 16

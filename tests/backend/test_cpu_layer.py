@@ -23,6 +23,7 @@ from vllm_toptheta.backend.cpu import (  # noqa: E402
     TopThetaCPUImpl,
     TopThetaCPUMetadata,
 )
+from vllm_toptheta.backend.prompts import PromptStep  # noqa: E402
 from vllm_toptheta.kernels.api import PageLayout  # noqa: E402
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK, NUM_BLOCKS = 6, 2, 64, 32, 40
@@ -74,9 +75,27 @@ def metadata(
     )
 
 
+def prompt_step(table: torch.Tensor, dense: bool) -> PromptStep:
+    row_lens = torch.arange(LENS[2] - CHUNK, LENS[2]) + 1
+    return PromptStep(
+        block_table=table,
+        query_start_loc=torch.tensor([0, CHUNK], dtype=torch.int32),
+        seq_lens=torch.tensor(LENS[2:], dtype=torch.int32),
+        theta=torch.full((1, CHUNK, HEADS), -torch.inf),
+        dense=torch.full((1, CHUNK), dense),
+        visible=row_lens[None],
+        row_lens=row_lens,
+        num_kept=torch.empty((1, CHUNK, HEADS), dtype=torch.int32),
+        v_tiles_read=torch.empty((1, CHUNK, KV_HEADS), dtype=torch.int32),
+    )
+
+
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("prompts", [True, False])
 @pytest.mark.parametrize("dense", [True, False])
-def test_layer_agrees_with_cpu_attn(vllm_config: VllmConfig, case: str, dense: bool) -> None:
+def test_layer_agrees_with_cpu_attn(
+    vllm_config: VllmConfig, case: str, dense: bool, prompts: bool
+) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> torch.Tensor:
@@ -116,8 +135,11 @@ def test_layer_agrees_with_cpu_attn(vllm_config: VllmConfig, case: str, dense: b
         num_kept=torch.empty((1, 2, HEADS), dtype=torch.int32),
         v_rows_read=torch.empty((1, 2, KV_HEADS), dtype=torch.int32),
     )
-    rest = metadata(2, LENS[2:], [CHUNK], table, window)
-    step = TopThetaCPUMetadata(num_actual_tokens=2 + CHUNK, decode=decode, prefill=rest)
+    step = TopThetaCPUMetadata(num_actual_tokens=2 + CHUNK, decode=decode, prefill=None)
+    if prompts:
+        step.prompts = prompt_step(table[2:], dense)
+    else:
+        step.prefill = metadata(2, LENS[2:], [CHUNK], table, window)
     ours.forward(LAYER, query, None, None, paged, step, got)
 
     assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5)

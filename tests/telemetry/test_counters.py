@@ -26,6 +26,26 @@ def test_ratios_are_of_what_they_say() -> None:
     assert shown["dense_rows"] == {"short": 4, "window": 0, "layer": 0, "off": 0, "prefill": 0}
 
 
+def test_prompt_rows_are_shown_on_their_own() -> None:
+    assert summarise(128, row(rows=1))["prefill"] is None, "another kernel computed them"
+    counts = row(
+        prefill_rows=4,
+        prefill_keys_scored=200,
+        prefill_keys_kept=30,
+        prefill_v_tiles=12,
+        prefill_v_tiles_read=5,
+    )
+    assert summarise(128, counts)["prefill"] == {
+        "rows": 4,
+        "keys_scored": 200,
+        "keys_kept": 30,
+        "v_tiles": 12,
+        "v_tiles_read": 5,
+        "kept_fraction": 0.15,
+        "v_tiles_skipped": 7,
+    }
+
+
 def test_what_did_not_happen_has_no_ratio() -> None:
     shown = summarise(None, row(dense_prefill=5))
     assert [shown[name] for name in ("kept_fraction", "v_row_reduction", "target_ratio")] == [

@@ -1,9 +1,9 @@
 """The CPU backend: vLLM's attention calls in, decode rows through the Top-theta kernel and prompt
 rows through vLLM's own.
 
-Only tokens that a request generates are pruned. Prompt tokens, also a single one left over by the
-prefix cache, run on CPU_ATTN, so that a prompt's KV does not depend on how it was chunked or
-cached.
+By default only tokens that a request generates are pruned: prompt tokens, also a single one left
+over by the prefix cache, run on CPU_ATTN. With `phases` "prefill" or "both" they take the prefill
+kernel. Either way a prompt's KV does not depend on how it was chunked or cached.
 """
 
 from dataclasses import dataclass
@@ -29,6 +29,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm_toptheta.backend.dial import Dial, RowPlan, row_options
 from vllm_toptheta.backend.heads import HeadCounts, publish_heads
 from vllm_toptheta.backend.plan import Plan
+from vllm_toptheta.backend.prompts import PromptStep, plan_prompts
 from vllm_toptheta.backend.registration import NAME
 from vllm_toptheta.backend.sidecar import enlarge_page
 from vllm_toptheta.config import TopThetaConfig
@@ -37,6 +38,7 @@ from vllm_toptheta.kernels.api import (
     advise_huge_pages,
     available_impl,
     decode_attention,
+    prefill_attention,
     update_v_means,
 )
 from vllm_toptheta.request_options import RequestOptions
@@ -123,6 +125,8 @@ class StepCounts:
     Attributes:
         decode: the decode rows, or None.
         rows: what was planned for them, or None.
+        prompts: the prompt rows of the requests after the decode rows, where they run on our
+            kernel, or None.
         prefill_lens: [num_reqs] prompt tokens of every request in this step.
         layers: index of this builder's layers into an axis of all layers.
         num_layers: layers of the model.
@@ -133,6 +137,7 @@ class StepCounts:
 
     decode: DecodeStep | None
     rows: RowPlan | None
+    prompts: PromptStep | None
     prefill_lens: torch.Tensor
     layers: slice | list[int]
     num_layers: int
@@ -151,6 +156,10 @@ class StepCounts:
         counts = np.zeros((len(FIELDS), self.num_layers, self.num_reqs), dtype=np.int64)
         columns = dict(zip(FIELDS, counts, strict=True))
         columns["dense_prefill"][self.layers] = self.prefill_lens.numpy() * self.num_heads
+        if self.prompts is not None:
+            rest = (self.layers, slice(self.num_reqs - len(self.prompts.seq_lens), self.num_reqs))
+            for name, values in self.prompts.counts().items():
+                columns[name][rest] = values
         if self.decode is not None and self.rows is not None:
             decodes = (self.layers, slice(0, self.decode.num_decodes))
             kept, visible = self.decode.num_kept.numpy(), self.rows.visible.numpy()
@@ -182,11 +191,13 @@ class TopThetaCPUMetadata:
         num_actual_tokens: tokens of the batch; decode rows first.
         decode: the decode rows, or None.
         prefill: CPU_ATTN's metadata of the remaining rows, or None.
+        prompts: the remaining rows, where they run on our kernel, or None.
     """
 
     num_actual_tokens: int
     decode: DecodeStep | None
     prefill: CPUAttentionMetadata | None
+    prompts: PromptStep | None = None
 
 
 class TopThetaCPUMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -255,6 +266,7 @@ class TopThetaCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         counts = StepCounts(
             decode=None,
             rows=None,
+            prompts=None,
             prefill_lens=query_lens,
             layers=self.dial.layers,
             num_layers=self.plan.table.num_layers,
@@ -267,7 +279,18 @@ class TopThetaCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             query_lens[:num_decodes] = 0
             self._plan_decodes(cam, num_decodes, options, counts)
         prefill = None
-        if num_prefills:
+        if num_prefills and self.plan.config.phases != "decode":
+            counts.prompts = plan_prompts(
+                self.dial,
+                self.plan.config.prefill_k,
+                cam.block_table_tensor[num_decodes:],
+                cam.query_start_loc_cpu[num_decodes:] - num_decode_tokens,
+                cam.seq_lens[num_decodes:],
+                {row - num_decodes: asked for row, asked in options.items() if row >= num_decodes},
+                self.num_heads,
+                self.num_kv_heads,
+            )
+        elif num_prefills:
             rest = cam.replace(
                 query_start_loc=cam.query_start_loc[num_decodes:] - num_decode_tokens,
                 query_start_loc_cpu=cam.query_start_loc_cpu[num_decodes:] - num_decode_tokens,
@@ -279,7 +302,7 @@ class TopThetaCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             )
             prefill = super().build(common_prefix_len, rest, fast_build)
         STEP_LOG.append(counts)
-        return TopThetaCPUMetadata(cam.num_actual_tokens, counts.decode, prefill)
+        return TopThetaCPUMetadata(cam.num_actual_tokens, counts.decode, prefill, counts.prompts)
 
     def _plan_decodes(
         self,
@@ -290,6 +313,9 @@ class TopThetaCPUMetadataBuilder(CPUAttentionMetadataBuilder):
     ) -> None:
         seq_lens = cam.seq_lens[:num_decodes]
         rows = counts.rows = self.dial.plan(seq_lens, options)
+        if self.plan.config.phases == "prefill":
+            for name, values in rows.reasons.items():
+                values.fill_(name == "dense_layer")
         shape = (self.num_layers, num_decodes)
         counts.decode = DecodeStep(
             num_decodes=num_decodes,
@@ -397,6 +423,27 @@ class TopThetaCPUImpl(CPUAttentionBackendImpl):
                 out=output[:num_decodes],
                 num_kept=decode.num_kept[self.slot],
                 v_rows_read=decode.v_rows_read[self.slot],
+                impl=self.kernel_impl,
+            )
+        if (prompts := attn_metadata.prompts) is not None:
+            rest = slice(num_decodes, attn_metadata.num_actual_tokens)
+            prefill_attention(
+                query[rest],
+                kv_cache,
+                self.layout,
+                prompts.block_table,
+                prompts.query_start_loc,
+                prompts.seq_lens,
+                prompts.theta[self.slot],
+                sm_scale=self.sm_scale,
+                dense=prompts.dense[self.slot],
+                compensation=self.compensation,
+                window=self.window,
+                soft_cap=self.soft_cap,
+                sinks=self.float_sinks,
+                out=output[rest],
+                num_kept=prompts.num_kept[self.slot],
+                v_tiles_read=prompts.v_tiles_read[self.slot],
                 impl=self.kernel_impl,
             )
         if attn_metadata.prefill is not None:

@@ -133,25 +133,33 @@ class Dial:
         self._levels: OrderedDict[float | None, list[_Level]] = OrderedDict()
         self._at(None)
 
-    def plan(self, seq_lens: torch.Tensor, options: Mapping[int, RequestOptions]) -> RowPlan:
-        """Look up what the decode rows of a batch are to do.
+    def plan(
+        self,
+        seq_lens: torch.Tensor,
+        options: Mapping[int, RequestOptions],
+        default_k: float | None = None,
+    ) -> RowPlan:
+        """Look up what the rows of a batch are to do.
 
         Args:
             seq_lens: [num_decodes] int32, keys of each row.
             options: by row, where they are not the default ones; other rows are ignored.
+            default_k: mean keys a row keeps where its request does not say; None for the
+                configured k.
         """
         if not options:
-            return self._lookup(None, seq_lens)
+            return self._lookup(default_k, seq_lens)
         num_decodes = len(seq_lens)
         rows_by_k: dict[float | None, list[int]] = defaultdict(list)
         off = []
         for row in range(num_decodes):
             asked = options.get(row)
-            rows_by_k[asked.k if asked else None].append(row)
+            k = asked.k if asked else None
+            rows_by_k[default_k if k is None else k].append(row)
             if asked and asked.off:
                 off.append(row)
         parts = [
-            (torch.tensor(rows), self._lookup(k, seq_lens[rows])) for k, rows in rows_by_k.items()
+            (torch.tensor(rows), self._lookup(at, seq_lens[rows])) for at, rows in rows_by_k.items()
         ]
         plan = self._empty(num_decodes)
         for rows, part in parts:

@@ -54,7 +54,10 @@ class Plan:
                     f"toptheta: option 'layers' names layer {index}, the model has layers 0 to "
                     f"{num_layers - 1}"
                 )
-        for k in {self.layer_k(index) for index in range(num_layers)} | {self.config.k}:
+        for k in {self.layer_k(index) for index in range(num_layers)} | {
+            self.config.k,
+            self.config.prefill_k or self.config.k,
+        }:
             self.table.at_k(k)
         policy = self.policy()
         if policy.min_k > policy.max_k:
@@ -125,8 +128,14 @@ class Plan:
         """One line for the log."""
         config, metadata = self.config, self.table.metadata
         dense = [index for index in sorted(config.layers) if self.layer_is_dense(index)]
+        prompts = f"prompts k {config.prefill_k or config.k:g}"
+        phases = {
+            "decode": f"k {config.k:g}",
+            "prefill": prompts,
+            "both": f"k {config.k:g}, {prompts}",
+        }[config.phases]
         return (
-            f"Top-theta attention: k {config.k:g}, rows above {config.min_kv_len} keys are pruned, "
+            f"Top-theta attention: {phases}, rows above {config.min_kv_len} keys are pruned, "
             f"compensation {f'per {config.group_size} tokens' if config.compensation else 'off'}, "
             f"{f'dense layers {dense}, ' if dense else ''}thresholds {self.table_path} "
             f"({metadata.identity.name}, {metadata.allocation} allocation, {metadata.created})"

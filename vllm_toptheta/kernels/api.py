@@ -1,4 +1,4 @@
-"""The contract of the CPU decode kernels: queries, a paged KV cache and thresholds in, outputs out.
+"""The contract of the CPU kernels: queries, a paged KV cache and thresholds in, outputs out.
 
 The implementation is explicit: `impl="native"` (C++) or `impl="torch"`. A request is honoured or
 raises; ask `available_impl()` what this machine can do.
@@ -10,10 +10,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from vllm_toptheta.kernels import cpu
+from vllm_toptheta.kernels import cpu, cpu_prefill
 from vllm_toptheta.kernels.cpu import advise_huge_pages
+from vllm_toptheta.kernels.cpu_prefill import V_TILE
 
 __all__ = [
+    "V_TILE",
     "Availability",
     "Impl",
     "PageLayout",
@@ -21,6 +23,7 @@ __all__ = [
     "advise_huge_pages",
     "available_impl",
     "decode_attention",
+    "prefill_attention",
     "update_v_means",
 ]
 
@@ -235,12 +238,7 @@ def decode_attention(
     _check_decode(
         query, kv_cache, layout, block_table, seq_lens, theta, dense, out, num_kept, v_rows_read
     )
-    if sinks is not None:
-        _check("sinks", sinks, (query.shape[1],), torch.float32)
-    if window is not None and window <= 0:
-        raise ValueError(f"window must be positive or None, got {window}")
-    if soft_cap is not None and soft_cap <= 0:
-        raise ValueError(f"soft_cap must be positive or None, got {soft_cap}")
+    _check_options(query, sinks, window, soft_cap)
     if impl == "native":
         cpu.decode_attention_native(
             query,
@@ -283,6 +281,128 @@ def decode_attention(
         raise _unknown_impl(impl)
 
 
+def prefill_attention(
+    query: Tensor,
+    kv_cache: Tensor,
+    layout: PageLayout,
+    block_table: Tensor,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    theta: Tensor,
+    *,
+    sm_scale: float,
+    dense: Tensor,
+    compensation: bool,
+    window: int | None,
+    soft_cap: float | None,
+    sinks: Tensor | None,
+    out: Tensor,
+    num_kept: Tensor,
+    v_tiles_read: Tensor,
+    impl: Impl,
+    num_threads: int | None = None,
+) -> None:
+    """Attend query tokens of several sequences, causally, to the cached keys that reach theta.
+
+    Row i of a sequence with q query tokens and n cached keys sees the first n - q + i + 1 keys.
+    Each row is computed as by `decode_attention`, from the same scores, so that the kept set
+    depends neither on the batch nor on how a prompt was cut into chunks.
+
+    Args:
+        query: [num_tokens, num_heads, head_dim] in the cache dtype, sequence after sequence; the
+            first stride is free.
+        kv_cache: [num_blocks, num_kv_heads, block_size, content], see PageLayout; it holds the keys
+            of the query tokens, and the V means of every group that they complete.
+        layout: the page layout.
+        block_table: [num_seqs, max_blocks] int32, the first stride is free; only entries of visible
+            keys are read.
+        query_start_loc: [num_seqs + 1] int32, first query token of each sequence; from 0 to
+            num_tokens.
+        seq_lens: [num_seqs] int32, cached keys of the sequence, those of its queries included.
+        theta: [num_tokens, num_heads] float32, units of q.k * sm_scale (after soft cap); -inf keeps
+            all keys. The first stride is free.
+        sm_scale: factor on q.k.
+        dense: [num_tokens] bool, rows that ignore theta and keep every key.
+        compensation: whether the lost mass goes to the group means, or is dropped.
+        window: a row sees its last `window` keys; None for all.
+        soft_cap: scores become soft_cap * tanh(score / soft_cap); None for none.
+        sinks: [num_heads] float32, an extra logit in the denominator; None for none.
+        out: [num_tokens, num_heads, head_dim] in the cache dtype, written; the first stride is
+            free.
+        num_kept: [num_tokens, num_heads] int32, written: keys kept, all visible ones on dense
+            rows.
+        v_tiles_read: [num_tokens, num_kv_heads] int32, written: runs of V_TILE keys, aligned to
+            position 0, in which any head of the group keeps a key; the row skips the V of all
+            others.
+        impl: "native" or "torch".
+        num_threads: threads (native); None for torch's number.
+
+    Raises:
+        ValueError: an argument has another shape, dtype or layout, a block id lies outside the
+            cache, or the lengths do not fit together.
+        RuntimeError: `impl` is not available here.
+    """
+    num_tokens, num_seqs = query.shape[0], seq_lens.shape[0]
+    _check_rows_of_heads(query, kv_cache, layout, theta, dense, out, num_kept)
+    _check_block_table(block_table, num_seqs)
+    _check("query_start_loc", query_start_loc, (num_seqs + 1,), torch.int32)
+    _check("seq_lens", seq_lens, (num_seqs,), torch.int32)
+    _check("v_tiles_read", v_tiles_read, (num_tokens, kv_cache.shape[1]), torch.int32)
+    _check_options(query, sinks, window, soft_cap)
+    if impl == "native":
+        cpu_prefill.prefill_attention_native(
+            query,
+            kv_cache,
+            layout,
+            block_table,
+            query_start_loc,
+            seq_lens,
+            theta,
+            sm_scale,
+            dense,
+            compensation,
+            window,
+            soft_cap,
+            sinks,
+            out,
+            num_kept,
+            v_tiles_read,
+            num_threads,
+        )
+    elif impl == "torch":
+        cpu_prefill.prefill_attention_torch(
+            query,
+            kv_cache,
+            layout,
+            block_table,
+            query_start_loc,
+            seq_lens,
+            theta,
+            sm_scale,
+            dense,
+            compensation,
+            window,
+            soft_cap,
+            sinks,
+            out,
+            num_kept,
+            v_tiles_read,
+        )
+    else:
+        raise _unknown_impl(impl)
+
+
+def _check_options(
+    query: Tensor, sinks: Tensor | None, window: int | None, soft_cap: float | None
+) -> None:
+    if sinks is not None:
+        _check("sinks", sinks, (query.shape[1],), torch.float32)
+    if window is not None and window <= 0:
+        raise ValueError(f"window must be positive or None, got {window}")
+    if soft_cap is not None and soft_cap <= 0:
+        raise ValueError(f"soft_cap must be positive or None, got {soft_cap}")
+
+
 def _check_decode(
     query: Tensor,
     kv_cache: Tensor,
@@ -295,25 +415,44 @@ def _check_decode(
     num_kept: Tensor,
     v_rows_read: Tensor,
 ) -> None:
+    _check_rows_of_heads(query, kv_cache, layout, theta, dense, out, num_kept)
+    num_seqs = query.shape[0]
+    _check_block_table(block_table, num_seqs)
+    _check("seq_lens", seq_lens, (num_seqs,), torch.int32)
+    _check("v_rows_read", v_rows_read, (num_seqs, kv_cache.shape[1]), torch.int32)
+
+
+def _check_rows_of_heads(
+    query: Tensor,
+    kv_cache: Tensor,
+    layout: PageLayout,
+    theta: Tensor,
+    dense: Tensor,
+    out: Tensor,
+    num_kept: Tensor,
+) -> None:
+    """Raise ValueError unless what has one entry a row fits the query and the cache."""
     layout.check(kv_cache)
-    if query.dim() != 3 or block_table.dim() != 2:
-        raise ValueError(
-            "query must be [num_seqs, num_heads, head_dim] and block_table [num_seqs, max_blocks], "
-            f"got {list(query.shape)} and {list(block_table.shape)}"
-        )
-    num_seqs, num_heads, _ = query.shape
+    if query.dim() != 3:
+        raise ValueError(f"query must be [num_rows, num_heads, head_dim], got {list(query.shape)}")
+    num_rows, num_heads, _ = query.shape
     num_kv_heads, head_dim = kv_cache.shape[1], layout.head_dim
     if num_heads % num_kv_heads:
         raise ValueError(f"num_heads {num_heads} is not a multiple of num_kv_heads {num_kv_heads}")
-    row, heads = (num_seqs, num_heads, head_dim), (num_seqs, num_heads)
+    row, heads = (num_rows, num_heads, head_dim), (num_rows, num_heads)
     _check_rows("query", query, row, kv_cache.dtype, (head_dim, 1))
     _check_rows("out", out, row, kv_cache.dtype, (head_dim, 1))
     _check_rows("theta", theta, heads, torch.float32, (1,))
-    _check_rows("block_table", block_table, (num_seqs, block_table.shape[1]), torch.int32, (1,))
-    _check("seq_lens", seq_lens, (num_seqs,), torch.int32)
-    _check("dense", dense, (num_seqs,), torch.bool)
+    _check("dense", dense, (num_rows,), torch.bool)
     _check("num_kept", num_kept, heads, torch.int32)
-    _check("v_rows_read", v_rows_read, (num_seqs, num_kv_heads), torch.int32)
+
+
+def _check_block_table(block_table: Tensor, num_seqs: int) -> None:
+    if block_table.dim() != 2:
+        raise ValueError(
+            f"block_table must be [num_seqs, max_blocks], got {list(block_table.shape)}"
+        )
+    _check_rows("block_table", block_table, (num_seqs, block_table.shape[1]), torch.int32, (1,))
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

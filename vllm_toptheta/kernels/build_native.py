@@ -18,6 +18,7 @@ _SOURCE_DIR = Path(__file__).resolve().parent / "native"
 _SOURCES = {
     "library.cpp": [],
     "decode_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+    "prefill_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "v_means_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
 }
 _FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]

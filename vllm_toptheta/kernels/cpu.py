@@ -21,14 +21,20 @@ if TYPE_CHECKING:
     from vllm_toptheta.kernels.api import PageLayout
 
 _MADV_COLLAPSE = 25  # not in the mmap module of Python 3.11
-_ABI_VERSION = 1
-_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-_BLOCK_OUT_OF_RANGE = 2
-_STATUS = {
-    1: "unsupported dtype",
-    _BLOCK_OUT_OF_RANGE: "a block table entry or slot lies outside the KV cache",
-    3: "out of memory",
+_ABI_VERSION = 2
+DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+STATUS = {
+    "unsupported_dtype": "unsupported dtype",
+    "block_out_of_range": "a block table entry or slot lies outside the KV cache",
+    "out_of_memory": "out of memory",
+    "bad_lengths": (
+        "query_start_loc must rise from 0 to the number of query tokens, by at most seq_lens "
+        "tokens a sequence"
+    ),
 }
+"""What the statuses of native/kernel_args.h mean, from 1 on."""
+
+_CALLER_ERRORS = ("block_out_of_range", "bad_lengths")
 
 
 class _DecodeArgs(ctypes.Structure):
@@ -93,7 +99,7 @@ def load_native() -> NativeLibrary:
         return NativeLibrary(None, f"{path} cannot be loaded: {error}")
     library.topt_abi_version.restype = ctypes.c_int32
     library.topt_cpu_supported.restype = ctypes.c_int32
-    for function in (library.topt_decode, library.topt_update_v_means):
+    for function in (library.topt_decode, library.topt_prefill, library.topt_update_v_means):
         function.restype = ctypes.c_int32
         function.argtypes = [ctypes.c_void_p]
     found = library.topt_abi_version()
@@ -105,19 +111,22 @@ def load_native() -> NativeLibrary:
     return NativeLibrary(library, None)
 
 
-def _native() -> ctypes.CDLL:
+def native_library() -> ctypes.CDLL:
+    """The library; RuntimeError says why there is none."""
     native = load_native()
     if native.library is None:
         raise RuntimeError(f'impl="native" is not available: {native.reason}')
     return native.library
 
 
-def _check_status(status: int) -> None:
+def check_status(status: int) -> None:
+    """Raise what a native function's status means; ValueError for the caller's mistakes."""
     if status == 0:
         return
-    if status == _BLOCK_OUT_OF_RANGE:
-        raise ValueError(_STATUS[status])
-    raise RuntimeError(f"native kernel failed: {_STATUS.get(status, status)}")
+    name = list(STATUS)[status - 1]
+    if name in _CALLER_ERRORS:
+        raise ValueError(STATUS[name])
+    raise RuntimeError(f"native kernel failed: {STATUS[name]}")
 
 
 def update_v_means_native(kv_cache: Tensor, layout: "PageLayout", slot_mapping: Tensor) -> None:
@@ -133,9 +142,9 @@ def update_v_means_native(kv_cache: Tensor, layout: "PageLayout", slot_mapping: 
         layout.head_dim,
         layout.block_size,
         layout.group_size,
-        _DTYPES[kv_cache.dtype],
+        DTYPES[kv_cache.dtype],
     )
-    _check_status(_native().topt_update_v_means(ctypes.byref(args)))
+    check_status(native_library().topt_update_v_means(ctypes.byref(args)))
 
 
 def decode_attention_native(
@@ -195,13 +204,13 @@ def decode_attention_native(
         layout.group_size,
         compensation,
         window or 0,
-        _DTYPES[kv_cache.dtype],
+        DTYPES[kv_cache.dtype],
         num_splits or 0,
         num_threads or 0,
         sm_scale,
         soft_cap or 0.0,
     )
-    _check_status(_native().topt_decode(ctypes.byref(args)))
+    check_status(native_library().topt_decode(ctypes.byref(args)))
 
 
 def update_v_means_torch(kv_cache: Tensor, layout: "PageLayout", slot_mapping: Tensor) -> None:
@@ -211,7 +220,7 @@ def update_v_means_torch(kv_cache: Tensor, layout: "PageLayout", slot_mapping: T
     if last.numel() == 0:
         return
     if int(last.max()) >= kv_cache.shape[0] * block_size:
-        raise ValueError(_STATUS[_BLOCK_OUT_OF_RANGE])
+        raise ValueError(STATUS["block_out_of_range"])
     views = layout.views(kv_cache)
     groups = views.value_cache.view(*kv_cache.shape[:2], -1, group_size, layout.head_dim)
     block, group = last // block_size, last % block_size // group_size
@@ -256,7 +265,7 @@ def decode_attention_torch(
         if end > block_table.shape[1] * block_size or not (
             0 <= int(blocks.min()) <= int(blocks.max()) < kv_cache.shape[0]
         ):
-            raise ValueError(_STATUS[_BLOCK_OUT_OF_RANGE])
+            raise ValueError(STATUS["block_out_of_range"])
         visible = slice(begin - first * block_size, end - first * block_size)
         # Only visible slots are touched: the others may hold anything, NaN included.
         key = views.key_cache[blocks].permute(1, 2, 0, 3).flatten(2)[..., visible].float()

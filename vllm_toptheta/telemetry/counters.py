@@ -17,6 +17,11 @@ FIELDS = (
     "dense_layer",
     "dense_off",
     "dense_prefill",
+    "prefill_rows",
+    "prefill_keys_scored",
+    "prefill_keys_kept",
+    "prefill_v_tiles",
+    "prefill_v_tiles_read",
 )
 """Columns of all counts. A row is one token in one layer and one query head.
 
@@ -24,9 +29,18 @@ FIELDS = (
 head. `keys_dense` are the keys of rows that ran dense, `keys_target` the keys that the other rows
 were meant to keep. `dense_*` counts rows that ran dense by reason: short (at most min_kv_len or k
 keys), window (the layer's window is not larger than k), layer (excluded by an option), off (the
-request asked for it), prefill (prompt tokens)."""
+request asked for it), prefill (prompt tokens). `prefill_*` covers prompt rows that our kernel
+computed, dense ones included; a V tile is a run of 64 keys of one token and kv head, read where any
+query head of the group keeps a key in it."""
 
 SHOWN = ("rows", "keys_scored", "keys_kept", "v_rows_scored", "v_rows_read")
+SHOWN_PREFILL = (
+    "prefill_rows",
+    "prefill_keys_scored",
+    "prefill_keys_kept",
+    "prefill_v_tiles",
+    "prefill_v_tiles_read",
+)
 DENSE_REASONS = tuple(name.removeprefix("dense_") for name in FIELDS if name.startswith("dense_"))
 
 Counts = list[int]
@@ -63,8 +77,19 @@ def summarise(k: float | None, counts: Sequence[int]) -> dict[str, Any]:
         "kept_fraction": ratio(named["keys_kept"], named["keys_scored"]),
         "v_row_reduction": ratio(named["v_rows_scored"], named["v_rows_read"]),
         "target_ratio": target_ratio(counts),
+        "prefill": _prefill(named),
         "dense_rows": {reason: named[f"dense_{reason}"] for reason in DENSE_REASONS},
     }
+
+
+def _prefill(named: dict[str, int]) -> dict[str, Any] | None:
+    """What was counted of prompt rows; None where another kernel computed them."""
+    if not named["prefill_rows"]:
+        return None
+    shown: dict[str, Any] = {name.removeprefix("prefill_"): named[name] for name in SHOWN_PREFILL}
+    shown["kept_fraction"] = ratio(named["prefill_keys_kept"], named["prefill_keys_scored"])
+    shown["v_tiles_skipped"] = named["prefill_v_tiles"] - named["prefill_v_tiles_read"]
+    return shown
 
 
 def summarise_layers(layers: Sequence[Sequence[int]]) -> dict[str, list[Any]]:

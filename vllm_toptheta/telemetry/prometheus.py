@@ -9,7 +9,15 @@ from typing import Any
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from vllm_toptheta.telemetry.counters import DENSE_REASONS, FIELDS, SHOWN, Counts, add, zeros
+from vllm_toptheta.telemetry.counters import (
+    DENSE_REASONS,
+    FIELDS,
+    SHOWN,
+    SHOWN_PREFILL,
+    Counts,
+    add,
+    zeros,
+)
 from vllm_toptheta.telemetry.counters import target_ratio as achieved_over_target
 from vllm_toptheta.telemetry.delivery import Choice
 from vllm_toptheta.telemetry.shield import listeners
@@ -27,6 +35,11 @@ _HELP = {
     "keys_kept": "Keys that decode rows kept",
     "v_rows_scored": "V rows that dense attention would have read, per kv head",
     "v_rows_read": "V rows that were read, per kv head",
+    "prefill_rows": "Prompt rows that Top-theta's kernel computed, as decode rows",
+    "prefill_keys_scored": "Keys that these prompt rows scored",
+    "prefill_keys_kept": "Keys that these prompt rows kept",
+    "prefill_v_tiles": "V tiles, 64 keys of one prompt token and kv head, that dense rows would read",
+    "prefill_v_tiles_read": "V tiles that were read",
 }
 
 
@@ -68,7 +81,7 @@ class Metrics:
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(PREFIX + name, text, [*_LABELS, *labels], **options)
 
-        self._shown = {name: counter(name, _HELP[name]) for name in SHOWN}
+        self._shown = {name: counter(name, _HELP[name]) for name in (*SHOWN, *SHOWN_PREFILL)}
         self._dense = counter("dense_rows", "Rows that ran without pruning, by reason", "reason")
         self._reported = counter(
             "reported",
@@ -120,7 +133,7 @@ class Metrics:
             self._errors.labels(self._model, "0", place)
         for setting in ("default", "k", "off"):
             self._requests.labels(self._model, "0", setting)
-        for name in (*SHOWN, *(f"dense_{reason}" for reason in DENSE_REASONS)):
+        for name in (*SHOWN, *SHOWN_PREFILL, *(f"dense_{reason}" for reason in DENSE_REASONS)):
             self._reported.labels(self._model, "0", name)
 
     def counted(self, engine: int, counts: Counts) -> None:
@@ -158,7 +171,7 @@ class Metrics:
     def reported(self, counts: Counts) -> None:
         """See `delivery.Sink`."""
         named = dict(zip(FIELDS, counts, strict=True))
-        for name in (*SHOWN, *(f"dense_{reason}" for reason in DENSE_REASONS)):
+        for name in (*SHOWN, *SHOWN_PREFILL, *(f"dense_{reason}" for reason in DENSE_REASONS)):
             if named[name]:
                 self._reported.labels(self._model, "0", name).inc(named[name])
 

@@ -13,6 +13,7 @@ enum ToptStatus : int32_t {
   kUnsupportedDtype = 1,
   kBlockOutOfRange = 2,  // a block table entry or a slot lies outside the cache
   kOutOfMemory = 3,
+  kBadLengths = 4,  // query_start_loc does not cover the tokens, or a sequence has more queries than keys
 };
 
 struct ToptDecodeArgs {
@@ -40,6 +41,27 @@ struct ToptDecodeArgs {
   float soft_cap;  // 0: none
 };
 
+struct ToptPrefillArgs {
+  const void* query;               // [num_tokens][num_heads][head_dim], row stride query_stride
+  const void* kv_cache;            // as for decode
+  const int32_t* block_table;      // [num_seqs][...], row stride block_table_stride
+  const int32_t* query_start_loc;  // [num_seqs + 1], first token of each sequence
+  const int32_t* seq_lens;         // [num_seqs] cached keys, those of the queries included
+  const float* theta;              // [num_tokens][num_heads], row stride theta_stride; units of q.k * sm_scale
+  const uint8_t* dense;            // [num_tokens], nonzero: no pruning
+  const float* sinks;              // [num_heads] or null
+  void* out;                       // [num_tokens][num_heads][head_dim], row stride out_stride
+  int32_t* num_kept;               // [num_tokens][num_heads]
+  int32_t* v_tiles_read;           // [num_tokens][num_kv_heads] runs of 64 keys of which some head keeps one
+  int64_t query_stride, out_stride, block_stride, head_stride, block_table_stride, theta_stride;  // elements
+  int64_t num_blocks;
+  int32_t max_blocks;  // entries in a row of the block table
+  int32_t num_tokens, num_seqs, num_heads, num_kv_heads, head_dim, block_size;
+  int32_t group_size, compensation, window, dtype, num_threads;  // as for decode
+  float sm_scale;
+  float soft_cap;  // 0: none
+};
+
 struct ToptMeansArgs {
   void* kv_cache;
   const int64_t* slot_mapping;  // [num_tokens], negative: padding
@@ -48,4 +70,5 @@ struct ToptMeansArgs {
 };
 
 int32_t topt_decode_avx2(const ToptDecodeArgs& args);
+int32_t topt_prefill_avx2(const ToptPrefillArgs& args);
 int32_t topt_update_v_means_avx2(const ToptMeansArgs& args);

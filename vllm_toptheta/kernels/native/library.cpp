@@ -6,7 +6,7 @@
 extern "C" {
 
 // Changes with every change of the structs; Python refuses another number.
-EXPORT int32_t topt_abi_version() { return 1; }
+EXPORT int32_t topt_abi_version() { return 2; }
 
 EXPORT int32_t topt_cpu_supported() {
   __builtin_cpu_init();
@@ -15,6 +15,8 @@ EXPORT int32_t topt_cpu_supported() {
 }
 
 EXPORT int32_t topt_decode(const ToptDecodeArgs* args) { return topt_decode_avx2(*args); }
+
+EXPORT int32_t topt_prefill(const ToptPrefillArgs* args) { return topt_prefill_avx2(*args); }
 
 EXPORT int32_t topt_update_v_means(const ToptMeansArgs* args) { return topt_update_v_means_avx2(*args); }
 

@@ -10,7 +10,7 @@
 
 namespace topt {
 
-#define TOPT_TILE __attribute__((noinline))
+#define TOPT_TILE static __attribute__((noinline))
 #define TOPT_INLINE inline __attribute__((always_inline))
 #define TOPT_UNROLL _Pragma("GCC unroll 16")
 

@@ -1,0 +1,96 @@
+"""Prompt rows of a batch: a threshold for every token, and counts of every prompt."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="needs an installed vLLM")
+
+from tables import flat_table  # noqa: E402
+
+from vllm_toptheta.backend.dial import Dial  # noqa: E402
+from vllm_toptheta.backend.plan import Plan  # noqa: E402
+from vllm_toptheta.backend.prompts import PromptStep, plan_prompts  # noqa: E402
+from vllm_toptheta.config import TopThetaConfig  # noqa: E402
+from vllm_toptheta.model_identity import ModelIdentity  # noqa: E402
+from vllm_toptheta.request_options import RequestOptions  # noqa: E402
+
+LAYERS, HEADS, KV_HEADS = 2, 4, 2
+LENS, QUERY_LENS = [300, 90, 200], [70, 90, 1]
+
+
+def make_dial(windows: list[int | None] | None = None, **options: object) -> Dial:
+    identity = ModelIdentity(
+        name="test",
+        architectures=[],
+        num_layers=LAYERS,
+        num_heads=HEADS,
+        num_kv_heads=KV_HEADS,
+        head_dim=16,
+        fields={},
+        config_hash="0" * 64,
+    )
+    table = flat_table(identity, 0.0, levels=(16, 256))
+    table.theta[0], table.theta[1] = -4.0, -8.0
+    table.slope.fill_(0.5)
+    given = {"k": 64, "min_kv_len": 100, **options}
+    config = TopThetaConfig.from_additional_config({"toptheta": given})
+    plan = Plan(config, table, Path("table"))
+    return Dial(plan, list(range(LAYERS)), windows or [None] * LAYERS, 0, HEADS)
+
+
+def plan_step(
+    dial: Dial, k: float | None = None, options: dict[int, RequestOptions] | None = None
+) -> PromptStep:
+    starts = torch.tensor([0, *QUERY_LENS]).cumsum(0).to(torch.int32)
+    lens = torch.tensor(LENS, dtype=torch.int32)
+    table = torch.zeros(3, 10, dtype=torch.int32)
+    return plan_prompts(dial, k, table, starts, lens, options or {}, HEADS, KV_HEADS)
+
+
+def test_every_token_gets_the_threshold_of_its_own_length() -> None:
+    dial = make_dial()
+    step = plan_step(dial)
+    lens = [*range(231, 301), *range(1, 91), 200]
+    assert step.row_lens.tolist() == lens
+    assert torch.equal(step.visible, step.row_lens.expand(LAYERS, -1))
+    for token in (0, 69, 70, 159, 160):
+        alone = dial.plan(torch.tensor([lens[token]], dtype=torch.int32), {})
+        assert torch.equal(step.theta[:, token], alone.theta[:, 0])
+    assert step.dense[0].tolist() == [n <= 100 for n in lens]
+
+
+def test_prompts_may_have_a_k_of_their_own_and_requests_theirs() -> None:
+    step = plan_step(make_dial(), 16, {1: RequestOptions(pruning=False), 2: RequestOptions(k=256)})
+    assert (step.theta[0, 69] == plan_step(make_dial(k=16)).theta[0, 69]).all()
+    assert step.dense[:, 70:160].all()
+    # The last prompt asks for more keys than its row sees.
+    assert step.dense[:, 160].all()
+    assert (step.theta[:, 160] < step.theta[:, 69]).all()
+
+
+@pytest.mark.parametrize("window", [None, 150])
+def test_counts_are_sums_over_the_tokens_of_a_prompt(window: int | None) -> None:
+    step = plan_step(make_dial([None, window]))
+    generator = torch.Generator().manual_seed(0)
+    step.num_kept.copy_(torch.randint(1, 60, step.num_kept.shape, generator=generator))
+    step.v_tiles_read.copy_(torch.randint(1, 4, step.v_tiles_read.shape, generator=generator))
+    counts = step.counts()
+    start = 0
+    for prompt, (length, query_len) in enumerate(zip(LENS, QUERY_LENS, strict=True)):
+        rows = range(start, start + query_len)
+        start += query_len
+        for layer in range(LAYERS):
+            limit = (window if layer else None) or 10**6
+            seen = [(max(n - limit, 0), n) for n in range(length - query_len + 1, length + 1)]
+            found = {name: int(values[layer, prompt]) for name, values in counts.items()}
+            assert found == {
+                "dense_prefill": HEADS * sum(int(step.dense[layer, row]) for row in rows),
+                "prefill_rows": HEADS * query_len,
+                "prefill_keys_scored": HEADS * sum(end - begin for begin, end in seen),
+                "prefill_keys_kept": int(step.num_kept[layer, rows.start : rows.stop].sum()),
+                "prefill_v_tiles": KV_HEADS
+                * sum(len({key // 64 for key in range(begin, end)}) for begin, end in seen),
+                "prefill_v_tiles_read": int(step.v_tiles_read[layer, rows.start : rows.stop].sum()),
+            }

@@ -1,0 +1,107 @@
+"""The prompt rows of a step: vLLM's batch in, thresholds per token for the prefill kernel and
+counts per request out.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_toptheta.backend.dial import Dial, RowPlan
+from vllm_toptheta.kernels.api import V_TILE
+from vllm_toptheta.request_options import RequestOptions
+
+
+@dataclass
+class PromptStep:
+    """The prompt tokens of one step, for all layers of one metadata builder.
+
+    Attributes:
+        block_table: [num_prompts, max_blocks] int32.
+        query_start_loc: [num_prompts + 1] int32, first token of each prompt, from 0.
+        seq_lens: [num_prompts] int32.
+        theta: [num_layers, num_tokens, num_heads] float32, units of q.k * sm_scale.
+        dense: [num_layers, num_tokens] bool, rows that run without pruning.
+        visible: [num_layers, num_tokens] int64, keys a row sees.
+        row_lens: [num_tokens] int64, position of each token plus one.
+        num_kept: [num_layers, num_tokens, num_heads] int32, written by the kernel.
+        v_tiles_read: [num_layers, num_tokens, num_kv_heads] int32, written by the kernel.
+    """
+
+    block_table: torch.Tensor
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    theta: torch.Tensor
+    dense: torch.Tensor
+    visible: torch.Tensor
+    row_lens: torch.Tensor
+    num_kept: torch.Tensor
+    v_tiles_read: torch.Tensor
+
+    def counts(self) -> dict[str, np.ndarray[Any, Any]]:
+        """Telemetry columns of every prompt, each [num_layers, num_prompts] int64."""
+        num_heads, num_kv_heads = self.num_kept.shape[2], self.v_tiles_read.shape[2]
+        visible, ends = self.visible.numpy(), self.row_lens.numpy()
+        tiles = -(-ends // V_TILE) - (ends - visible) // V_TILE
+        starts = self.query_start_loc.numpy()[:-1]
+
+        def by_prompt(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+            return np.add.reduceat(values, starts, axis=1, dtype=np.int64)
+
+        return {
+            "dense_prefill": by_prompt(self.dense.numpy() * num_heads),
+            "prefill_rows": by_prompt(np.full_like(visible, num_heads)),
+            "prefill_keys_scored": by_prompt(visible * num_heads),
+            "prefill_keys_kept": by_prompt(self.num_kept.numpy().sum(2, dtype=np.int64)),
+            "prefill_v_tiles": by_prompt(tiles * num_kv_heads),
+            "prefill_v_tiles_read": by_prompt(self.v_tiles_read.numpy().sum(2, dtype=np.int64)),
+        }
+
+
+def plan_prompts(
+    dial: Dial,
+    k: float | None,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    options: Mapping[int, RequestOptions],
+    num_heads: int,
+    num_kv_heads: int,
+) -> PromptStep:
+    """Look up what every prompt token is to do.
+
+    Args:
+        dial: thresholds of the builder's layers.
+        k: mean keys a prompt row keeps where its request does not say; None for the configured k.
+        block_table: [num_prompts, max_blocks] int32.
+        query_start_loc: [num_prompts + 1] int32 on the CPU, from 0.
+        seq_lens: [num_prompts] int32.
+        options: by prompt, where they are not the default ones.
+        num_heads, num_kv_heads: of this rank.
+    """
+    query_lens = query_start_loc.diff().to(torch.int64)
+    # Row i of q sees n - q + i + 1 keys.
+    first = seq_lens - query_lens + 1 - query_start_loc[:-1]
+    tokens = int(query_start_loc[-1])
+    row_lens = torch.arange(tokens) + first.repeat_interleave(query_lens)
+    starts = query_start_loc.tolist()
+    by_token = {
+        token: asked
+        for prompt, asked in options.items()
+        for token in range(starts[prompt], starts[prompt + 1])
+    }
+    rows: RowPlan = dial.plan(row_lens, by_token, k)
+    num_layers = len(rows.visible)
+    return PromptStep(
+        block_table=block_table,
+        query_start_loc=query_start_loc.to(torch.int32),
+        seq_lens=seq_lens,
+        theta=rows.theta,
+        dense=torch.stack(list(rows.reasons.values())).any(0),
+        visible=rows.visible,
+        row_lens=row_lens,
+        num_kept=torch.empty((num_layers, tokens, num_heads), dtype=torch.int32),
+        v_tiles_read=torch.empty((num_layers, tokens, num_kv_heads), dtype=torch.int32),
+    )
