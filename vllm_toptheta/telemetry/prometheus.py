@@ -38,7 +38,7 @@ _HELP = {
     "prefill_rows": "Prompt rows that Top-theta's kernel computed, as decode rows",
     "prefill_keys_scored": "Keys that these prompt rows scored",
     "prefill_keys_kept": "Keys that these prompt rows kept",
-    "prefill_v_tiles": "V tiles, 64 keys of one prompt token and kv head, that dense rows would read",
+    "prefill_v_tiles": "V tiles, 64 keys of one prompt token and kv head, read by dense rows",
     "prefill_v_tiles_read": "V tiles that were read",
 }
 
