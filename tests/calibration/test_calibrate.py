@@ -71,7 +71,7 @@ def test_summary() -> None:
     [
         ("org/model", "org/model"),
         ("/data/checkpoints/org/model/", "org/model"),
-        ("/root/.cache/hub/models--org--a--b/snapshots/0123", "org/a--b"),
+        ("/home/user/.cache/hub/models--org--a--b/snapshots/0123", "org/a--b"),
         ("model", "model"),
     ],
 )
