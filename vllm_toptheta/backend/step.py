@@ -126,4 +126,6 @@ class GPUStepCounts:
         }
         for name, code in _DENSE_FIELDS.items():
             columns[name] = ((dense == code) & is_row) * num_heads
-        return torch.stack([columns[name].to(torch.int64) for name in FIELDS])
+        # The columns of pruned prompt rows stay zero: prompts run dense on a GPU.
+        nothing = torch.zeros_like(counted)
+        return torch.stack([columns.get(name, nothing).to(torch.int64) for name in FIELDS])
