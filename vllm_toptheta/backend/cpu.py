@@ -15,7 +15,6 @@ from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vll
 from vllm.distributed import get_tensor_model_parallel_rank, get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import CpuArchEnum, current_platform
 from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
@@ -222,7 +221,7 @@ class TopThetaCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         for slot, name in enumerate(layer_names):
             impl = attention[name].impl
             impl.bind(slot, layout, self.plan.config.compensation)
-            layers.append(self._layer_index(name))
+            layers.append(self.plan.layer_index(name))
             windows.append(impl.window)
         first_head = get_tensor_model_parallel_rank() * self.num_heads
         self.dial = Dial(self.plan, layers, windows, first_head, self.num_heads)
@@ -233,15 +232,6 @@ class TopThetaCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         # AMX hosts would pack V in tiles; rows can only be skipped where V is row-major.
         self.isa = "vec" if self.head_dim % 32 == 0 and self.block_size % 32 == 0 else "vec16"
         super()._set_isa_to_layers(layer_names)
-
-    def _layer_index(self, name: str) -> int:
-        index = extract_layer_index(name)
-        if index >= self.plan.table.num_layers:
-            raise ValueError(
-                f"toptheta: layer {name} is not in the threshold table, which has "
-                f"{self.plan.table.num_layers} layers; serve draft models without toptheta"
-            )
-        return index
 
     def _install_telemetry(self) -> None:
         if self.vllm_config.use_v2_model_runner:

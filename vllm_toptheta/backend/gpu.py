@@ -14,7 +14,6 @@ import torch
 from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
@@ -184,7 +183,7 @@ class TopThetaGPUMetadataBuilder(TritonAttentionMetadataBuilder):
             )
         shape = LayerShape(*shapes.pop())
         check_supported(shape.head_dim, shape.num_heads, shape.num_kv_heads, self.block_size)
-        self.layers = indices = [self._layer_index(name) for name in layer_names]
+        self.layers = indices = [self.plan.layer_index(name) for name in layer_names]
         for slot, impl in enumerate(impls):
             impl.bind(slot)
         name, num_units, shared_limit = _device_limits(device)
@@ -211,15 +210,6 @@ class TopThetaGPUMetadataBuilder(TritonAttentionMetadataBuilder):
                 "they are counted as dense"
             )
         self._install_telemetry()
-
-    def _layer_index(self, name: str) -> int:
-        index = extract_layer_index(name)
-        if index >= self.plan.table.num_layers:
-            raise ValueError(
-                f"toptheta: layer {name} is not in the threshold table, which has "
-                f"{self.plan.table.num_layers} layers; serve draft models without toptheta"
-            )
-        return index
 
     def _install_telemetry(self) -> None:
         if self.vllm_config.use_v2_model_runner:

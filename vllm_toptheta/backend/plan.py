@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_toptheta.config import TopThetaConfig
 from vllm_toptheta.model_identity import ModelIdentity
@@ -95,6 +96,20 @@ class Plan:
         if override is not None and override.k is not None:
             return override.k
         return self.config.k if k is None else k
+
+    def layer_index(self, name: str) -> int:
+        """The index of one of vLLM's layers in the table.
+
+        Raises:
+            ValueError: the table has no such layer, as for a draft model's.
+        """
+        index = extract_layer_index(name)
+        if index >= self.table.num_layers:
+            raise ValueError(
+                f"toptheta: layer {name} is not in the threshold table, which has "
+                f"{self.table.num_layers} layers; serve draft models without toptheta"
+            )
+        return index
 
     def layer_is_dense(self, index: int) -> bool:
         """Whether an option excludes the layer."""
