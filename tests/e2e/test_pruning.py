@@ -5,27 +5,12 @@ import pydoc_data.topics
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from e2e.asking import complete, summary
 from openai import OpenAI
 
 LAYERS, HEADS = 30, 9
 TEXT = pydoc_data.topics.topics["operator-summary"] + pydoc_data.topics.topics["exceptions"]
 TEXT += pydoc_data.topics.topics["naming"] + pydoc_data.topics.topics["class"]
-
-
-def complete(client: OpenAI, characters: int, max_tokens: int = 16, **kwargs: Any) -> Any:
-    return client.completions.create(
-        model=client.models.list().data[0].id,
-        prompt=TEXT[:characters],
-        max_tokens=max_tokens,
-        temperature=0,
-        extra_body={"ignore_eos": True},
-        **kwargs,
-    )
-
-
-def summary(answer: Any) -> dict[str, Any]:
-    result: dict[str, Any] = answer.toptheta
-    return result
 
 
 def check(answer: Any) -> None:
@@ -45,11 +30,11 @@ def check(answer: Any) -> None:
 
 
 def test_long_rows_are_pruned_to_about_k_and_short_ones_run_dense(pruning: OpenAI) -> None:
-    long = complete(pruning, 6000)
+    long = complete(pruning, TEXT[:6000])
     check(long)
     counts = summary(long)
     assert 0.5 < counts["keys_kept"] / counts["rows"] / 64 < 1.5
-    check(complete(pruning, 300))
+    check(complete(pruning, TEXT[:300]))
 
 
 def test_concurrent_requests_of_different_lengths_each_get_their_own_counts(
@@ -57,21 +42,21 @@ def test_concurrent_requests_of_different_lengths_each_get_their_own_counts(
 ) -> None:
     lengths = [200, 900, 1500, 3000, 4500, 6000]
     with ThreadPoolExecutor(len(lengths)) as pool:
-        answers = list(pool.map(lambda n: complete(pruning, n, max_tokens=24), lengths))
+        answers = list(pool.map(lambda n: complete(pruning, TEXT[:n], max_tokens=24), lengths))
     for answer in answers:
         check(answer)
 
 
 def test_an_abort_leaves_the_server_whole(pruning: OpenAI) -> None:
-    stream = complete(pruning, 6000, max_tokens=512, stream=True)
+    stream = complete(pruning, TEXT[:6000], max_tokens=512, stream=True)
     for _, _chunk in zip(range(3), stream, strict=False):
         pass
     stream.close()
-    check(complete(pruning, 3000))
+    check(complete(pruning, TEXT[:3000]))
 
 
 def test_a_prefix_cache_hit_gives_the_same_answer(pruning: OpenAI) -> None:
-    first, second = complete(pruning, 4000), complete(pruning, 4000)
+    first, second = complete(pruning, TEXT[:4000]), complete(pruning, TEXT[:4000])
     assert second.choices[0].text == first.choices[0].text
     check(second)
 

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from e2e.asking import complete, model_of, summary
 from openai import OpenAI
 
 LAYERS, HEADS, KV_HEADS = 30, 9, 3
@@ -16,26 +17,6 @@ TOPICS = [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.to
 PROMPTS = [text[:520] for text in TOPICS if len(text) > 600][:12] + [
     text[:2400] for text in TOPICS if len(text) > 3000
 ][:2]
-
-
-def model_of(client: OpenAI) -> str:
-    return client.models.list().data[0].id
-
-
-def complete(client: OpenAI, prompt: str, **kwargs: Any) -> Any:
-    return client.completions.create(
-        model=model_of(client),
-        prompt=prompt,
-        max_tokens=24,
-        temperature=0,
-        extra_body={"ignore_eos": True},
-        **kwargs,
-    )
-
-
-def summary(answer: Any) -> dict[str, Any]:
-    result: dict[str, Any] = answer.toptheta
-    return result
 
 
 def metric(client: OpenAI, name: str) -> float:

@@ -1,9 +1,8 @@
-"""The CPU backend: vLLM's attention calls in, decode rows through the Top-theta kernel and prompt
-rows through vLLM's own.
+"""The CPU backend: vLLM's attention calls in, decode and prompt rows through our kernels.
 
 By default only tokens that a request generates are pruned: prompt tokens, also a single one left
-over by the prefix cache, run on CPU_ATTN. With `phases` "prefill" or "both" they take the prefill
-kernel. Either way a prompt's KV does not depend on how it was chunked or cached.
+over by the prefix cache, take the prefill kernel's dense path; with `phases` "prefill" or "both"
+they are pruned. Either way a prompt's KV does not depend on how it was chunked or cached.
 """
 
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm_toptheta.backend.dial import Dial, RowPlan, row_options
 from vllm_toptheta.backend.heads import HeadCounts, publish_heads
 from vllm_toptheta.backend.plan import Plan
-from vllm_toptheta.backend.prompts import PromptStep, plan_prompts
+from vllm_toptheta.backend.prompts import PromptStep, dense_prompts, plan_prompts
 from vllm_toptheta.backend.registration import NAME
 from vllm_toptheta.backend.sidecar import enlarge_page
 from vllm_toptheta.config import TopThetaConfig
@@ -124,8 +123,8 @@ class StepCounts:
     Attributes:
         decode: the decode rows, or None.
         rows: what was planned for them, or None.
-        prompts: the prompt rows of the requests after the decode rows, where they run on our
-            kernel, or None.
+        prompts: the prompt rows of the requests after the decode rows, where they are pruned, or
+            None.
         prefill_lens: [num_reqs] prompt tokens of every request in this step.
         layers: index of this builder's layers into an axis of all layers.
         num_layers: layers of the model.
@@ -189,7 +188,8 @@ class TopThetaCPUMetadata:
     Attributes:
         num_actual_tokens: tokens of the batch; decode rows first.
         decode: the decode rows, or None.
-        prefill: CPU_ATTN's metadata of the remaining rows, or None.
+        prefill: CPU_ATTN's metadata of the remaining rows, where our kernel does not take them, or
+            None.
         prompts: the remaining rows, where they run on our kernel, or None.
     """
 
@@ -223,6 +223,7 @@ class TopThetaCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             impl.bind(slot, layout, self.plan.config.compensation)
             layers.append(self.plan.layer_index(name))
             windows.append(impl.window)
+        self.kernel_impl = available_impl().impl
         first_head = get_tensor_model_parallel_rank() * self.num_heads
         self.dial = Dial(self.plan, layers, windows, first_head, self.num_heads)
         self.heads = publish_heads(layers, first_head, self.num_heads)
@@ -268,31 +269,48 @@ class TopThetaCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         if num_decodes:
             query_lens[:num_decodes] = 0
             self._plan_decodes(cam, num_decodes, options, counts)
-        prefill = None
-        if num_prefills and self.plan.config.phases != "decode":
-            counts.prompts = plan_prompts(
-                self.dial,
-                self.plan.config.prefill_k,
-                cam.block_table_tensor[num_decodes:],
-                cam.query_start_loc_cpu[num_decodes:] - num_decode_tokens,
-                cam.seq_lens[num_decodes:],
-                {row - num_decodes: asked for row, asked in options.items() if row >= num_decodes},
-                self.num_heads,
-                self.num_kv_heads,
-            )
-        elif num_prefills:
-            rest = cam.replace(
-                query_start_loc=cam.query_start_loc[num_decodes:] - num_decode_tokens,
-                query_start_loc_cpu=cam.query_start_loc_cpu[num_decodes:] - num_decode_tokens,
-                seq_lens=cam.seq_lens[num_decodes:],
-                num_reqs=num_prefills,
-                num_actual_tokens=cam.num_actual_tokens - num_decode_tokens,
-                block_table_tensor=cam.block_table_tensor[num_decodes:],
-                slot_mapping=cam.slot_mapping[num_decode_tokens:],
-            )
-            prefill = super().build(common_prefix_len, rest, fast_build)
+        prompts = prefill = None
+        if num_prefills:
+            first_token = cam.query_start_loc_cpu[num_decodes:] - num_decode_tokens
+            block_table = cam.block_table_tensor[num_decodes:]
+            seq_lens = cam.seq_lens[num_decodes:]
+            if self.plan.config.phases != "decode":
+                prompts = counts.prompts = plan_prompts(
+                    self.dial,
+                    self.plan.config.prefill_k,
+                    block_table,
+                    first_token,
+                    seq_lens,
+                    {
+                        row - num_decodes: asked
+                        for row, asked in options.items()
+                        if row >= num_decodes
+                    },
+                    self.num_heads,
+                    self.num_kv_heads,
+                )
+            elif self.kernel_impl == "native":
+                prompts = dense_prompts(
+                    block_table,
+                    first_token,
+                    seq_lens,
+                    self.num_layers,
+                    self.num_heads,
+                    self.num_kv_heads,
+                )
+            else:  # our PyTorch path holds all scores of a prompt at once
+                rest = cam.replace(
+                    query_start_loc=cam.query_start_loc[num_decodes:] - num_decode_tokens,
+                    query_start_loc_cpu=first_token,
+                    seq_lens=seq_lens,
+                    num_reqs=num_prefills,
+                    num_actual_tokens=cam.num_actual_tokens - num_decode_tokens,
+                    block_table_tensor=block_table,
+                    slot_mapping=cam.slot_mapping[num_decode_tokens:],
+                )
+                prefill = super().build(common_prefix_len, rest, fast_build)
         STEP_LOG.append(counts)
-        return TopThetaCPUMetadata(cam.num_actual_tokens, counts.decode, prefill, counts.prompts)
+        return TopThetaCPUMetadata(cam.num_actual_tokens, counts.decode, prefill, prompts)
 
     def _plan_decodes(
         self,
@@ -319,7 +337,7 @@ class TopThetaCPUMetadataBuilder(CPUAttentionMetadataBuilder):
 
 
 class TopThetaCPUImpl(CPUAttentionBackendImpl):
-    """One attention layer: decode rows through the Top-theta kernel, the rest through CPU_ATTN."""
+    """One attention layer on our kernels; without the native ones, dense prompts on CPU_ATTN."""
 
     def __init__(
         self,

@@ -60,6 +60,44 @@ class PromptStep:
         }
 
 
+def dense_prompts(
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+) -> PromptStep:
+    """A step whose prompt tokens keep every key.
+
+    All layers share one of everything: nothing differs between them, and nobody counts.
+
+    Args:
+        block_table: [num_prompts, max_blocks] int32.
+        query_start_loc: [num_prompts + 1] int32 on the CPU, from 0.
+        seq_lens: [num_prompts] int32.
+        num_layers: of the builder.
+        num_heads, num_kv_heads: of this rank.
+    """
+    row_lens = _row_lens(query_start_loc, seq_lens)
+    tokens = len(row_lens)
+
+    def by_layer(one: torch.Tensor) -> torch.Tensor:
+        return one.expand(num_layers, *one.shape)
+
+    return PromptStep(
+        block_table=block_table,
+        query_start_loc=query_start_loc.to(torch.int32),
+        seq_lens=seq_lens,
+        theta=by_layer(torch.full((num_heads,), -torch.inf).expand(tokens, num_heads)),
+        dense=by_layer(torch.ones(tokens, dtype=torch.bool)),
+        visible=by_layer(row_lens),
+        row_lens=row_lens,
+        num_kept=by_layer(torch.empty((tokens, num_heads), dtype=torch.int32)),
+        v_tiles_read=by_layer(torch.empty((tokens, num_kv_heads), dtype=torch.int32)),
+    )
+
+
 def plan_prompts(
     dial: Dial,
     k: float | None,
@@ -81,11 +119,8 @@ def plan_prompts(
         options: by prompt, where they are not the default ones.
         num_heads, num_kv_heads: of this rank.
     """
-    query_lens = query_start_loc.diff().to(torch.int64)
-    # Row i of q sees n - q + i + 1 keys.
-    first = seq_lens - query_lens + 1 - query_start_loc[:-1]
-    tokens = int(query_start_loc[-1])
-    row_lens = torch.arange(tokens) + first.repeat_interleave(query_lens)
+    row_lens = _row_lens(query_start_loc, seq_lens)
+    tokens = len(row_lens)
     starts = query_start_loc.tolist()
     by_token = {
         token: asked
@@ -105,3 +140,10 @@ def plan_prompts(
         num_kept=torch.empty((num_layers, tokens, num_heads), dtype=torch.int32),
         v_tiles_read=torch.empty((num_layers, tokens, num_kv_heads), dtype=torch.int32),
     )
+
+
+def _row_lens(query_start_loc: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
+    """[num_tokens] int64: row i of q query tokens and n cached keys sees n - q + i + 1 keys."""
+    query_lens = query_start_loc.diff().to(torch.int64)
+    first = seq_lens - query_lens + 1 - query_start_loc[:-1]
+    return torch.arange(int(query_start_loc[-1])) + first.repeat_interleave(query_lens)

@@ -235,48 +235,30 @@ def decode_attention(
             cache.
         RuntimeError: `impl` is not available here.
     """
-    _check_decode(
-        query, kv_cache, layout, block_table, seq_lens, theta, dense, out, num_kept, v_rows_read
+    call = cpu.DecodeCall(
+        query=query,
+        kv_cache=kv_cache,
+        layout=layout,
+        block_table=block_table,
+        seq_lens=seq_lens,
+        theta=theta,
+        dense=dense,
+        out=out,
+        num_kept=num_kept,
+        sm_scale=sm_scale,
+        compensation=compensation,
+        window=window,
+        soft_cap=soft_cap,
+        sinks=sinks,
+        v_rows_read=v_rows_read,
     )
-    _check_options(query, sinks, window, soft_cap)
+    num_seqs = query.shape[0]
+    _check_call(call, num_seqs)
+    _check("v_rows_read", v_rows_read, (num_seqs, kv_cache.shape[1]), torch.int32)
     if impl == "native":
-        cpu.decode_attention_native(
-            query,
-            kv_cache,
-            layout,
-            block_table,
-            seq_lens,
-            theta,
-            sm_scale,
-            dense,
-            compensation,
-            window,
-            soft_cap,
-            sinks,
-            out,
-            num_kept,
-            v_rows_read,
-            num_splits,
-            num_threads,
-        )
+        cpu.decode_attention_native(call, num_splits, num_threads)
     elif impl == "torch":
-        cpu.decode_attention_torch(
-            query,
-            kv_cache,
-            layout,
-            block_table,
-            seq_lens,
-            theta,
-            sm_scale,
-            dense,
-            compensation,
-            window,
-            soft_cap,
-            sinks,
-            out,
-            num_kept,
-            v_rows_read,
-        )
+        cpu.decode_attention_torch(call)
     else:
         raise _unknown_impl(impl)
 
@@ -342,96 +324,39 @@ def prefill_attention(
             cache, or the lengths do not fit together.
         RuntimeError: `impl` is not available here.
     """
+    call = cpu_prefill.PrefillCall(
+        query=query,
+        kv_cache=kv_cache,
+        layout=layout,
+        block_table=block_table,
+        seq_lens=seq_lens,
+        theta=theta,
+        dense=dense,
+        out=out,
+        num_kept=num_kept,
+        sm_scale=sm_scale,
+        compensation=compensation,
+        window=window,
+        soft_cap=soft_cap,
+        sinks=sinks,
+        query_start_loc=query_start_loc,
+        v_tiles_read=v_tiles_read,
+    )
     num_tokens, num_seqs = query.shape[0], seq_lens.shape[0]
-    _check_rows_of_heads(query, kv_cache, layout, theta, dense, out, num_kept)
-    _check_block_table(block_table, num_seqs)
+    _check_call(call, num_seqs)
     _check("query_start_loc", query_start_loc, (num_seqs + 1,), torch.int32)
-    _check("seq_lens", seq_lens, (num_seqs,), torch.int32)
     _check("v_tiles_read", v_tiles_read, (num_tokens, kv_cache.shape[1]), torch.int32)
-    _check_options(query, sinks, window, soft_cap)
     if impl == "native":
-        cpu_prefill.prefill_attention_native(
-            query,
-            kv_cache,
-            layout,
-            block_table,
-            query_start_loc,
-            seq_lens,
-            theta,
-            sm_scale,
-            dense,
-            compensation,
-            window,
-            soft_cap,
-            sinks,
-            out,
-            num_kept,
-            v_tiles_read,
-            num_threads,
-        )
+        cpu_prefill.prefill_attention_native(call, num_threads)
     elif impl == "torch":
-        cpu_prefill.prefill_attention_torch(
-            query,
-            kv_cache,
-            layout,
-            block_table,
-            query_start_loc,
-            seq_lens,
-            theta,
-            sm_scale,
-            dense,
-            compensation,
-            window,
-            soft_cap,
-            sinks,
-            out,
-            num_kept,
-            v_tiles_read,
-        )
+        cpu_prefill.prefill_attention_torch(call)
     else:
         raise _unknown_impl(impl)
 
 
-def _check_options(
-    query: Tensor, sinks: Tensor | None, window: int | None, soft_cap: float | None
-) -> None:
-    if sinks is not None:
-        _check("sinks", sinks, (query.shape[1],), torch.float32)
-    if window is not None and window <= 0:
-        raise ValueError(f"window must be positive or None, got {window}")
-    if soft_cap is not None and soft_cap <= 0:
-        raise ValueError(f"soft_cap must be positive or None, got {soft_cap}")
-
-
-def _check_decode(
-    query: Tensor,
-    kv_cache: Tensor,
-    layout: PageLayout,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    theta: Tensor,
-    dense: Tensor,
-    out: Tensor,
-    num_kept: Tensor,
-    v_rows_read: Tensor,
-) -> None:
-    _check_rows_of_heads(query, kv_cache, layout, theta, dense, out, num_kept)
-    num_seqs = query.shape[0]
-    _check_block_table(block_table, num_seqs)
-    _check("seq_lens", seq_lens, (num_seqs,), torch.int32)
-    _check("v_rows_read", v_rows_read, (num_seqs, kv_cache.shape[1]), torch.int32)
-
-
-def _check_rows_of_heads(
-    query: Tensor,
-    kv_cache: Tensor,
-    layout: PageLayout,
-    theta: Tensor,
-    dense: Tensor,
-    out: Tensor,
-    num_kept: Tensor,
-) -> None:
-    """Raise ValueError unless what has one entry a row fits the query and the cache."""
+def _check_call(call: cpu.AttentionCall, num_seqs: int) -> None:
+    """Raise ValueError unless what decode and prefill share fits together."""
+    query, kv_cache, layout = call.query, call.kv_cache, call.layout
     layout.check(kv_cache)
     if query.dim() != 3:
         raise ValueError(f"query must be [num_rows, num_heads, head_dim], got {list(query.shape)}")
@@ -441,10 +366,18 @@ def _check_rows_of_heads(
         raise ValueError(f"num_heads {num_heads} is not a multiple of num_kv_heads {num_kv_heads}")
     row, heads = (num_rows, num_heads, head_dim), (num_rows, num_heads)
     _check_rows("query", query, row, kv_cache.dtype, (head_dim, 1))
-    _check_rows("out", out, row, kv_cache.dtype, (head_dim, 1))
-    _check_rows("theta", theta, heads, torch.float32, (1,))
-    _check("dense", dense, (num_rows,), torch.bool)
-    _check("num_kept", num_kept, heads, torch.int32)
+    _check_rows("out", call.out, row, kv_cache.dtype, (head_dim, 1))
+    _check_rows("theta", call.theta, heads, torch.float32, (1,))
+    _check("dense", call.dense, (num_rows,), torch.bool)
+    _check("num_kept", call.num_kept, heads, torch.int32)
+    _check_block_table(call.block_table, num_seqs)
+    _check("seq_lens", call.seq_lens, (num_seqs,), torch.int32)
+    if call.sinks is not None:
+        _check("sinks", call.sinks, (num_heads,), torch.float32)
+    if call.window is not None and call.window <= 0:
+        raise ValueError(f"window must be positive or None, got {call.window}")
+    if call.soft_cap is not None and call.soft_cap <= 0:
+        raise ValueError(f"soft_cap must be positive or None, got {call.soft_cap}")
 
 
 def _check_block_table(block_table: Tensor, num_seqs: int) -> None:

@@ -10,7 +10,7 @@ import mmap
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -147,68 +147,85 @@ def update_v_means_native(kv_cache: Tensor, layout: "PageLayout", slot_mapping: 
     check_status(native_library().topt_update_v_means(ctypes.byref(args)))
 
 
+@dataclass(slots=True)
+class AttentionCall:
+    """What a decode and a prefill call share; shapes and meanings stand in api.py."""
+
+    query: Tensor
+    kv_cache: Tensor
+    layout: "PageLayout"
+    block_table: Tensor
+    seq_lens: Tensor
+    theta: Tensor
+    dense: Tensor
+    out: Tensor
+    num_kept: Tensor
+    sm_scale: float
+    compensation: bool
+    window: int | None
+    soft_cap: float | None
+    sinks: Tensor | None
+
+    def native_fields(self) -> dict[str, Any]:
+        """Fields that the structures of both calls have."""
+        _, num_heads, _ = self.query.shape
+        num_blocks, num_kv_heads, _, _ = self.kv_cache.shape
+        block_stride, head_stride, _, _ = self.kv_cache.stride()
+        return {
+            "query": self.query.data_ptr(),
+            "kv_cache": self.kv_cache.data_ptr(),
+            "block_table": self.block_table.data_ptr(),
+            "seq_lens": self.seq_lens.data_ptr(),
+            "theta": self.theta.data_ptr(),
+            "dense": self.dense.data_ptr(),
+            "sinks": None if self.sinks is None else self.sinks.data_ptr(),
+            "out": self.out.data_ptr(),
+            "num_kept": self.num_kept.data_ptr(),
+            "query_stride": self.query.stride(0),
+            "out_stride": self.out.stride(0),
+            "block_stride": block_stride,
+            "head_stride": head_stride,
+            "block_table_stride": self.block_table.stride(0),
+            "theta_stride": self.theta.stride(0),
+            "num_blocks": num_blocks,
+            "max_blocks": self.block_table.shape[1],
+            "num_seqs": self.seq_lens.shape[0],
+            "num_heads": num_heads,
+            "num_kv_heads": num_kv_heads,
+            "head_dim": self.layout.head_dim,
+            "block_size": self.layout.block_size,
+            "group_size": self.layout.group_size,
+            "compensation": self.compensation,
+            "window": self.window or 0,
+            "dtype": DTYPES[self.kv_cache.dtype],
+            "sm_scale": self.sm_scale,
+            "soft_cap": self.soft_cap or 0.0,
+        }
+
+
+@dataclass(slots=True)
+class DecodeCall(AttentionCall):
+    """Arguments of `api.decode_attention`."""
+
+    v_rows_read: Tensor
+
+
 def decode_attention_native(
-    query: Tensor,
-    kv_cache: Tensor,
-    layout: "PageLayout",
-    block_table: Tensor,
-    seq_lens: Tensor,
-    theta: Tensor,
-    sm_scale: float,
-    dense: Tensor,
-    compensation: bool,
-    window: int | None,
-    soft_cap: float | None,
-    sinks: Tensor | None,
-    out: Tensor,
-    num_kept: Tensor,
-    v_rows_read: Tensor,
-    num_splits: int | None,
-    num_threads: int | None,
+    call: DecodeCall, num_splits: int | None, num_threads: int | None
 ) -> None:
     """`api.decode_attention` in C++.
 
     Args:
-        query: see api.py, as all arguments but these two.
+        call: what to compute.
         num_splits: parts a row is cut into; None lets the kernel choose. Outputs differ by rounding
             only.
         num_threads: None for as many as torch uses.
     """
-    num_seqs, num_heads, _ = query.shape
-    num_blocks, num_kv_heads, _, _ = kv_cache.shape
-    block_stride, head_stride, _, _ = kv_cache.stride()
     args = _DecodeArgs(
-        query.data_ptr(),
-        kv_cache.data_ptr(),
-        block_table.data_ptr(),
-        seq_lens.data_ptr(),
-        theta.data_ptr(),
-        dense.data_ptr(),
-        None if sinks is None else sinks.data_ptr(),
-        out.data_ptr(),
-        num_kept.data_ptr(),
-        v_rows_read.data_ptr(),
-        query.stride()[0],
-        out.stride()[0],
-        block_stride,
-        head_stride,
-        block_table.stride()[0],
-        theta.stride()[0],
-        num_blocks,
-        block_table.shape[1],
-        num_seqs,
-        num_heads,
-        num_kv_heads,
-        layout.head_dim,
-        layout.block_size,
-        layout.group_size,
-        compensation,
-        window or 0,
-        DTYPES[kv_cache.dtype],
-        num_splits or 0,
-        num_threads or 0,
-        sm_scale,
-        soft_cap or 0.0,
+        v_rows_read=call.v_rows_read.data_ptr(),
+        num_splits=num_splits or 0,
+        num_threads=num_threads or 0,
+        **call.native_fields(),
     )
     check_status(native_library().topt_decode(ctypes.byref(args)))
 
@@ -229,35 +246,21 @@ def update_v_means_torch(kv_cache: Tensor, layout: "PageLayout", slot_mapping: T
     views.v_means[block, :, group] = means.to(kv_cache.dtype)
 
 
-def decode_attention_torch(
-    query: Tensor,
-    kv_cache: Tensor,
-    layout: "PageLayout",
-    block_table: Tensor,
-    seq_lens: Tensor,
-    theta: Tensor,
-    sm_scale: float,
-    dense: Tensor,
-    compensation: bool,
-    window: int | None,
-    soft_cap: float | None,
-    sinks: Tensor | None,
-    out: Tensor,
-    num_kept: Tensor,
-    v_rows_read: Tensor,
-) -> None:
+def decode_attention_torch(call: DecodeCall) -> None:
     """`api.decode_attention` in PyTorch, in float32, one row of the batch at a time.
 
     It spreads a group's lost mass over the V rows themselves, so it does not read the stored means.
     """
+    layout, kv_cache, query, out = call.layout, call.kv_cache, call.query, call.out
+    block_table, window = call.block_table, call.window
     num_kv_heads, block_size = kv_cache.shape[1], layout.block_size
     views = layout.views(kv_cache)
-    lens = seq_lens.tolist()
+    lens = call.seq_lens.tolist()
     for seq, end in enumerate(lens):
         if end <= 0:
             out[seq].zero_()
-            num_kept[seq].zero_()
-            v_rows_read[seq].zero_()
+            call.num_kept[seq].zero_()
+            call.v_rows_read[seq].zero_()
             continue
         begin = max(end - window, 0) if window else 0
         first = begin // block_size
@@ -271,14 +274,16 @@ def decode_attention_torch(
         key = views.key_cache[blocks].permute(1, 2, 0, 3).flatten(2)[..., visible].float()
         value = views.value_cache[blocks].transpose(0, 1).flatten(1, 2)[:, visible].float()
         grouped = query[seq].float().view(num_kv_heads, -1, layout.head_dim)
-        scores = (grouped @ key) * sm_scale
-        if soft_cap:
-            scores = soft_cap * torch.tanh(scores / soft_cap)
-        row_theta = None if dense[seq] else theta[seq].view(num_kv_heads, -1)
-        weights, kept = _weights(scores, row_theta, sinks, layout.group_size, begin, compensation)
+        scores = (grouped @ key) * call.sm_scale
+        if call.soft_cap:
+            scores = call.soft_cap * torch.tanh(scores / call.soft_cap)
+        row_theta = None if call.dense[seq] else call.theta[seq].view(num_kv_heads, -1)
+        weights, kept = _weights(
+            scores, row_theta, call.sinks, layout.group_size, begin, call.compensation
+        )
         out[seq] = (weights @ value).flatten(0, 1).to(out.dtype)
-        num_kept[seq] = kept.sum(-1).flatten().int()
-        v_rows_read[seq] = kept.any(1).sum(-1).int()
+        call.num_kept[seq] = kept.sum(-1).flatten().int()
+        call.v_rows_read[seq] = kept.any(1).sum(-1).int()
 
 
 def _weights(

@@ -6,15 +6,12 @@ Arguments arrive validated from api.py.
 
 import ctypes
 import math
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from vllm_toptheta.kernels.cpu import DTYPES, STATUS, check_status, native_library
-
-if TYPE_CHECKING:
-    from vllm_toptheta.kernels.api import PageLayout
+from vllm_toptheta.kernels.cpu import STATUS, AttentionCall, check_status, native_library
 
 V_TILE = 64
 """Keys in a tile of the V statistics (native/prefill_tile.h: kVTile)."""
@@ -41,89 +38,33 @@ class _PrefillArgs(ctypes.Structure):
     )
 
 
-def prefill_attention_native(
-    query: Tensor,
-    kv_cache: Tensor,
-    layout: "PageLayout",
-    block_table: Tensor,
-    query_start_loc: Tensor,
-    seq_lens: Tensor,
-    theta: Tensor,
-    sm_scale: float,
-    dense: Tensor,
-    compensation: bool,
-    window: int | None,
-    soft_cap: float | None,
-    sinks: Tensor | None,
-    out: Tensor,
-    num_kept: Tensor,
-    v_tiles_read: Tensor,
-    num_threads: int | None,
-) -> None:
-    """`api.prefill_attention` in C++."""
-    num_tokens, num_heads, _ = query.shape
-    num_blocks, num_kv_heads, _, _ = kv_cache.shape
-    block_stride, head_stride, _, _ = kv_cache.stride()
+@dataclass(slots=True)
+class PrefillCall(AttentionCall):
+    """Arguments of `api.prefill_attention`."""
+
+    query_start_loc: Tensor
+    v_tiles_read: Tensor
+
+
+def prefill_attention_native(call: PrefillCall, num_threads: int | None) -> None:
+    """`api.prefill_attention` in C++; num_threads None for as many as torch uses."""
     args = _PrefillArgs(
-        query.data_ptr(),
-        kv_cache.data_ptr(),
-        block_table.data_ptr(),
-        query_start_loc.data_ptr(),
-        seq_lens.data_ptr(),
-        theta.data_ptr(),
-        dense.data_ptr(),
-        None if sinks is None else sinks.data_ptr(),
-        out.data_ptr(),
-        num_kept.data_ptr(),
-        v_tiles_read.data_ptr(),
-        query.stride()[0],
-        out.stride()[0],
-        block_stride,
-        head_stride,
-        block_table.stride()[0],
-        theta.stride()[0],
-        num_blocks,
-        block_table.shape[1],
-        num_tokens,
-        seq_lens.shape[0],
-        num_heads,
-        num_kv_heads,
-        layout.head_dim,
-        layout.block_size,
-        layout.group_size,
-        compensation,
-        window or 0,
-        DTYPES[kv_cache.dtype],
-        num_threads or 0,
-        sm_scale,
-        soft_cap or 0.0,
+        query_start_loc=call.query_start_loc.data_ptr(),
+        v_tiles_read=call.v_tiles_read.data_ptr(),
+        num_tokens=call.query.shape[0],
+        num_threads=num_threads or 0,
+        **call.native_fields(),
     )
     check_status(native_library().topt_prefill(ctypes.byref(args)))
 
 
-def prefill_attention_torch(
-    query: Tensor,
-    kv_cache: Tensor,
-    layout: "PageLayout",
-    block_table: Tensor,
-    query_start_loc: Tensor,
-    seq_lens: Tensor,
-    theta: Tensor,
-    sm_scale: float,
-    dense: Tensor,
-    compensation: bool,
-    window: int | None,
-    soft_cap: float | None,
-    sinks: Tensor | None,
-    out: Tensor,
-    num_kept: Tensor,
-    v_tiles_read: Tensor,
-) -> None:
+def prefill_attention_torch(call: PrefillCall) -> None:
     """`api.prefill_attention` in PyTorch, in float32, some rows of one sequence at a time.
 
     It spreads a group's lost mass over the V rows themselves, so it does not read the stored means.
     """
-    starts, lens = query_start_loc.tolist(), seq_lens.tolist()
+    query, kv_cache, layout, window = call.query, call.kv_cache, call.layout, call.window
+    starts, lens = call.query_start_loc.tolist(), call.seq_lens.tolist()
     spans = list(zip(starts[:-1], starts[1:], lens, strict=True))
     if starts[0] != 0 or starts[-1] != len(query) or any(not 0 <= e - s <= n for s, e, n in spans):
         raise ValueError(STATUS["bad_lengths"])
@@ -135,8 +76,8 @@ def prefill_attention_torch(
         row_lens = torch.arange(length - (stop - start), length) + 1
         begin = max(int(row_lens[0]) - window, 0) if window else 0
         first = begin // block_size
-        blocks = block_table[seq, first : -(-length // block_size)].long()
-        if length > block_table.shape[1] * block_size or not (
+        blocks = call.block_table[seq, first : -(-length // block_size)].long()
+        if length > call.block_table.shape[1] * block_size or not (
             0 <= int(blocks.min()) <= int(blocks.max()) < kv_cache.shape[0]
         ):
             raise ValueError(STATUS["block_out_of_range"])
@@ -157,20 +98,20 @@ def prefill_attention_torch(
             if window:
                 hidden |= position < sees - window
             grouped = query[rows].float().unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)
-            scores = (grouped @ key[:, None]) * sm_scale
-            if soft_cap:
-                scores = soft_cap * torch.tanh(scores / soft_cap)
+            scores = (grouped @ key[:, None]) * call.sm_scale
+            if call.soft_cap:
+                scores = call.soft_cap * torch.tanh(scores / call.soft_cap)
             scores = scores.masked_fill_(hidden, -math.inf)
-            limit = theta[rows].masked_fill(dense[rows, None], -math.inf)
+            limit = call.theta[rows].masked_fill(call.dense[rows, None], -math.inf)
             limit = limit.unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0)
-            group_size = layout.group_size if compensation else None
-            weights, kept = _weights(scores, limit, sinks, group_size)
+            group_size = layout.group_size if call.compensation else None
+            weights, kept = _weights(scores, limit, call.sinks, group_size)
             result = (weights @ value[:, None]).permute(2, 0, 1, 3).flatten(1, 2)
-            out[rows] = result.to(out.dtype)
-            num_kept[rows] = kept.sum(-1).permute(2, 0, 1).flatten(1).int()
+            call.out[rows] = result.to(call.out.dtype)
+            call.num_kept[rows] = kept.sum(-1).permute(2, 0, 1).flatten(1).int()
             tiles = torch.nn.functional.pad(kept.any(1), (0, -kept.shape[-1] % V_TILE))
             read = tiles.unflatten(-1, (-1, V_TILE)).any(-1).sum(-1)
-            v_tiles_read[rows] = read.transpose(0, 1).int()
+            call.v_tiles_read[rows] = read.transpose(0, 1).int()
 
 
 def _weights(
