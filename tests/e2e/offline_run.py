@@ -8,6 +8,10 @@ from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 TEXT = "Rivers carry water from the mountains to the sea, and towns grow beside them. " * 8
+PROMPT_TOKENS = 126
+"""Every sequence outgrows its first block of 128 tokens after the second token."""
+NUM_BLOCKS = 7
+"""Of four sequences, one has to give way when they grow; one block is vLLM's own."""
 
 
 def main() -> None:
@@ -17,18 +21,28 @@ def main() -> None:
         dtype="float32",
         max_model_len=512,
         kv_cache_memory_bytes=1 << 28,
+        num_gpu_blocks_override=NUM_BLOCKS,
         enforce_eager=True,
+        disable_log_stats=False,
         attention_backend="toptheta",
         additional_config={"toptheta": {"k": 32, "min_kv_len": 64}},
     )
-    common: dict[str, Any] = {"max_tokens": 8, "ignore_eos": True}
+    # As good as greedy, which vLLM refuses for n > 1.
+    common: dict[str, Any] = {"max_tokens": 8, "ignore_eos": True, "temperature": 0.01}
     settings = [
         SamplingParams(**common, extra_args={"toptheta_k": 48, "toptheta_layers": True}),
         SamplingParams(**common, n=2),
         SamplingParams(**common, extra_args={"toptheta": "off"}),
     ]
-    answers = llm.generate([TEXT] * len(settings), settings, use_tqdm=False)
-    result: dict[str, Any] = {"shown": [answer.kv_transfer_params for answer in answers]}
+    ids = llm.get_tokenizer().encode(TEXT)[:PROMPT_TOKENS]
+    answers = llm.generate([{"prompt_token_ids": ids}] * len(settings), settings, use_tqdm=False)
+    metrics = {metric.name: metric for metric in llm.get_metrics()}
+    result: dict[str, Any] = {
+        "shown": [answer.kv_transfer_params for answer in answers],
+        "ids": [[list(out.token_ids) for out in answer.outputs] for answer in answers],
+        "preemptions": metrics["vllm:num_preemptions"].value,
+        "runner": "V2" if llm.llm_engine.vllm_config.use_v2_model_runner else "V1",
+    }
     try:
         llm.generate([TEXT], SamplingParams(extra_args={"toptheta_k": 1}), use_tqdm=False)
     except VLLMValidationError as error:
