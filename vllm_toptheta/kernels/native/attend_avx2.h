@@ -11,7 +11,9 @@ namespace topt {
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr int kMaxUnits = 32;     // runs of 16 tokens in the largest block
-constexpr int kDensePercent = 28;  // a block that keeps more of its V rows is read as a whole
+// A block that keeps more of its V rows than this is read as a whole. Both ways of reading rely on what was prefetched,
+// so changing between them costs; a run of blocks that were read as a whole ends later than it began.
+constexpr int kDensePercent = 24, kStillDensePercent = 14;
 
 // What a task knows about one query head so far. Scores are in units of log2.
 struct HeadState {
@@ -139,6 +141,7 @@ class PageAttention {
     // Whether this block is expected to read all of V, judging by the one before, be it another row's: it only decides
     // what to prefetch.
     bool expects_v = t.dense || last_read_v;
+    bool was_dense = false;  // starts anew with every task, so that results do not depend on what the thread did before
     for (int b = begin; b < end; b++) {
       const T* here = page(table[b], t.kv_head);
       const T* next = page(table[b + 1 < end ? b + 1 : b], t.kv_head);
@@ -151,7 +154,7 @@ class PageAttention {
       if (t.dense)
         dense_block(t, now, visible, next);
       else
-        expects_v = pruned_block(t, now, visible, b * B, here, next, expects_v);
+        expects_v = was_dense = pruned_block(t, now, visible, b * B, here, next, expects_v, was_dense);
     }
     flush(t, t.blocks[0]);
     flush(t, t.blocks[1]);
@@ -269,7 +272,7 @@ class PageAttention {
 
   // Softmax and selection of one block. Returns whether it kept so many rows that all of V was read.
   bool pruned_block(Task& t, Block& block, const Span& visible, int position, const T* here, const T* next,
-                    bool expects_v) const {
+                    bool expects_v, bool was_dense) const {
     const int begin = visible.begin & ~15, end = (visible.end + 15) & ~15, num_visible = visible.end - visible.begin;
     const bool partial = num_visible < B;
     int total = 0;
@@ -301,7 +304,7 @@ class PageAttention {
     if (total)
       for (int w = 0; w < num_words; w++) rows += __builtin_popcountll(union_word(block, w));
     t.num_union += rows;
-    if (rows * 100 > num_visible * kDensePercent) {
+    if (rows * 100 > num_visible * (was_dense ? kStillDensePercent : kDensePercent)) {
       if (a.compensation && total < num_visible * G) spread_lost_mass(t, block, visible, begin, end);
       weighted_rows(t, block.v, visible, block.p, B, bytes(next));
       return true;
