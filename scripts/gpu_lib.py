@@ -87,6 +87,7 @@ class Batch:
             self.block_table[row, :count] = order[start : start + count]
             start += count
         self.seq_lens = torch.tensor(shape.lens, dtype=torch.int32, device=device)
+        self.row_lens = self.seq_lens
         kv = torch.empty(num_blocks, size, kv_heads, 2 * dim, dtype=shape.stored, device=device)
         for part in kv.split(max(1, (64 << 20) // kv[0].numel())):  # float32 noise in small pieces
             noise = torch.empty(part.shape, dtype=torch.float32, device=device)
@@ -136,11 +137,11 @@ class Batch:
         )
 
     def gaussian_theta(self) -> Tensor:
-        """[num_seqs, num_heads] thresholds that about k of a row's normally distributed scores
+        """[num_rows, num_heads] thresholds that about k of a row's normally distributed scores
         reach.
         """
         deviation = self.query.float().norm(dim=-1) * self.sm_scale * self.scales[0]
-        lens = self.seq_lens.clamp(min=1).float()
+        lens = self.row_lens.clamp(min=1).float()
         if self.shape.window is not None:
             lens = lens.clamp(max=self.shape.window)
         tail = (self.shape.k / lens).clamp(max=0.999)

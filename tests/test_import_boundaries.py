@@ -63,7 +63,11 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "vllm"},
         {"backend.plan", "kernels.triton_", "request_options"},
     ),
-    "backend.step": ({"torch", "vllm"}, {"backend", "kernels.triton_theta", "telemetry"}),
+    "backend.gpu_prompts": (
+        {"torch"},
+        {"backend.gpu_tensors", "kernels.triton_counts", "request_options"},
+    ),
+    "backend.step": ({"torch", "vllm"}, {"backend", "kernels.triton_counts", "telemetry"}),
     "backend": (
         {"numpy", "torch", "vllm"},
         {

@@ -28,7 +28,13 @@ def load() -> bool:
         # Imported by launches, and checks there that it is interpreted.
         with contextlib.suppress(ImportError):
             import triton.experimental.gluon
-        from vllm_toptheta.kernels import triton_decode, triton_means, triton_theta  # noqa: F401
+        from vllm_toptheta.kernels import (  # noqa: F401
+            triton_counts,
+            triton_decode,
+            triton_means,
+            triton_prefill,
+            triton_theta,
+        )
     finally:
         if before is None:
             os.environ.pop(VARIABLE, None)
@@ -36,6 +42,7 @@ def load() -> bool:
             os.environ[VARIABLE] = before
     if interpreted:
         _teach_bfloat16_dot(triton.runtime.interpreter)
+        _skip_repeated_patches(triton.runtime.interpreter)
     return interpreted
 
 
@@ -56,6 +63,22 @@ def _teach_bfloat16_dot(interpreter: Any) -> None:
         return original(self, widen(a), widen(b), *rest)
 
     interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+def _skip_repeated_patches(interpreter: Any) -> None:
+    """The interpreter patches the language again for every function that a kernel calls, and never
+    takes that back. Once for each module of such functions is enough, and takes half of the time.
+    """
+    patched: set[int] = set()
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        module = id(self.fn.__globals__)
+        if module not in patched:
+            patched.add(module)
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
 
 
 def _interpreting() -> bool:

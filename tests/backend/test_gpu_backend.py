@@ -15,8 +15,10 @@ pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
 
 import torch  # noqa: E402
+from prefill_cases import v_tiles  # noqa: E402
 from tables import flat_table  # noqa: E402
 from threshold_fixtures import make_identity  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from triton_cases import Case  # noqa: E402
 from triton_interpreter import needs_interpreter  # noqa: E402
 from vllm.config import CUDAGraphMode  # noqa: E402
@@ -29,13 +31,22 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec  # noqa: E402
 from vllm.v1.kv_cache_layout import KVCacheLayout  # noqa: E402
 
 from vllm_toptheta.backend import gpu, gpu_tensors, step  # noqa: E402
+from vllm_toptheta.backend.dial import Dial  # noqa: E402
 from vllm_toptheta.backend.gpu import (  # noqa: E402
     TopThetaGPUBackend,
     TopThetaGPUImpl,
     TopThetaGPUMetadataBuilder,
 )
 from vllm_toptheta.backend.plan import Plan  # noqa: E402
+from vllm_toptheta.backend.prompts import plan_prompts  # noqa: E402
 from vllm_toptheta.config import TopThetaConfig  # noqa: E402
+from vllm_toptheta.kernels.reference import (  # noqa: E402
+    attention_scores,
+    attention_weights,
+    select_by_theta,
+    weighted_values,
+)
+from vllm_toptheta.kernels.triton_counts import COLUMNS  # noqa: E402
 from vllm_toptheta.request_options import RequestOptions  # noqa: E402
 from vllm_toptheta.telemetry.counters import FIELDS, split  # noqa: E402
 
@@ -261,6 +272,53 @@ def test_totals_count_every_row_once(
         assert sum(row[name] for row in by_request) == sum(row[name] for row in by_layer)
 
 
+def test_totals_are_summed_over_ranks_on_the_device(
+    monkeypatch: pytest.MonkeyPatch, stock: list[dict[str, Any]]
+) -> None:
+    builder, _ = make_builder(monkeypatch)
+    gpu.STEP_LOG.begin(object(), [], [])
+    builder.build(0, Batch([70, 40], [1, 5]).common())
+    (counts,) = gpu.STEP_LOG.end()
+    alone = counts.totals()
+    group = SimpleNamespace(world_size=2, device_group="devices")
+    monkeypatch.setattr(step, "get_tp_group", lambda: group)
+
+    def all_reduce(tensor: torch.Tensor, group: str) -> None:
+        assert group == "devices"
+        tensor.mul_(2)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    assert torch.equal(counts.totals(), 2 * alone)
+    assert alone.any()
+
+
+def test_totals_are_few_launches_and_never_wait_for_the_device(
+    monkeypatch: pytest.MonkeyPatch, stock: list[dict[str, Any]]
+) -> None:
+    builder, _ = make_builder(monkeypatch)
+    gpu.STEP_LOG.begin(object(), [], [])
+    builder.build(0, Batch([70, 40], [1, 5]).common())
+    (counts,) = gpu.STEP_LOG.end()
+    counted = []
+    monkeypatch.setattr(step, "count_step", lambda *args, **kwargs: counted.append(args))
+    ran = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            ran.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        counts.totals()
+    views = {"view", "_unsafe_view", "select", "slice"}
+    assert [name for name in ran if name not in views] == ["zeros", "sum", "sum", "cat"]
+    assert len(counted) == 1
+
+
+def test_columns_are_written_in_the_order_they_travel_in() -> None:
+    assert COLUMNS == FIELDS
+
+
 def test_requests_choose_their_k(
     monkeypatch: pytest.MonkeyPatch, stock: list[dict[str, Any]]
 ) -> None:
@@ -271,8 +329,8 @@ def test_requests_choose_their_k(
     gpu.STEP_LOG.begin(object(), [], [])
     metadata = builder.build(0, batch.common())
     (counts,) = gpu.STEP_LOG.end()
-    assert builder.tensors.row_k[:3].tolist() == [16, 128, 16]
-    assert builder.tensors.row_level[:3].tolist() == [0, 0.5, 0]
+    assert builder.tensors.row_wishes[0, :3].tolist() == [16, 128, 16]
+    assert builder.tensors.row_wishes[1, :3].tolist() == [0, 0.5, 0]
     run_layer(impls[0], batch, metadata, batch.case.query)
     assert builder.tensors.num_kept[0, 0].max() < 70
     assert builder.tensors.num_kept[0, 2].tolist() == [70] * HEADS, "switched off"
@@ -286,8 +344,114 @@ def test_requests_choose_their_k(
     assert sum(row["rows"] for row in detail) == totals[1]["rows"] == 3 * HEADS
     monkeypatch.setattr(gpu, "row_options", lambda cam: {})
     builder.build(0, batch.common())
-    assert builder.tensors.row_k[:3].tolist() == [16, 16, 16]
-    assert not builder.tensors.row_dense.any()
+    assert builder.tensors.row_wishes[0, :3].tolist() == [16, 16, 16]
+    assert not builder.tensors.row_wishes[2].any()
+
+
+PROMPTS = {"lens": [70, 65, 90, 60], "queries": [1, 1, 30, 9]}
+PREFILLING = [False, True, True, True]
+
+
+def expected_prompt(
+    batch: Batch, layer: int, seq: int, query: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output, num_kept and v_tiles_read of a request's rows in float64."""
+    case, window = batch.case, WINDOW if layer == 1 else None
+    ends = torch.arange(case.lens[seq] - len(query), case.lens[seq]) + 1
+    scores = attention_scores(
+        query.double(), case.keys[seq], ends, sm_scale=case.sm_scale, window=window
+    )
+    dense = (ends.clamp(max=window or 10**6) <= 20) | (layer == 2)
+    theta = torch.full((HEADS, len(query)), THETA, dtype=torch.float64)
+    kept = select_by_theta(scores, theta.masked_fill(dense, -torch.inf))
+    weights = attention_weights(scores, kept, group_size=16)
+    out = weighted_values(weights, case.values[seq])
+    return out, kept.sum(-1).T.int(), v_tiles(kept, KV_HEADS)
+
+
+@pytest.mark.parametrize("phases", ["prefill", "both"])
+def test_prompts_are_pruned_where_the_phases_say_so(
+    monkeypatch: pytest.MonkeyPatch, stock: list[dict[str, Any]], phases: str
+) -> None:
+    builder, impls = make_builder(monkeypatch, phases=phases)
+    batch = Batch(PROMPTS["lens"], PROMPTS["queries"], PREFILLING)
+    gpu.STEP_LOG.begin(object(), [], [])
+    metadata = builder.build(0, batch.common())
+    (counts,) = gpu.STEP_LOG.end()
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(41, HEADS, HEAD_DIM, generator=generator).mul(2).bfloat16()
+    starts, sums = [0, 1, 2, 32, 41], torch.zeros(4, 2, dtype=torch.int64)
+    for layer, impl in enumerate(impls):
+        output = run_layer(impl, batch, metadata, query)
+        for seq in range(4):
+            rows = slice(starts[seq], starts[seq + 1])
+            out, num_kept, tiles = expected_prompt(batch, layer, seq, query[rows])
+            if seq == 0 and phases == "prefill":
+                num_kept = torch.full((1, HEADS), WINDOW if layer == 1 else 70)
+            else:
+                torch.testing.assert_close(output[rows].double(), out, rtol=0, atol=0.03)
+            sums[seq] += torch.stack([num_kept.sum(), tiles.sum()])
+            if seq >= 2:
+                ours = slice(rows.start - 2, rows.stop - 2)
+                assert torch.equal(metadata.prompts.num_kept[layer, ours], num_kept)
+                assert torch.equal(metadata.prompts.v_tiles_read[layer, ours], tiles)
+    assert not stock, "vLLM's kernel ran"
+    totals = named_totals(counts)
+    generated = totals[0]
+    assert generated["rows"] == 3 * HEADS
+    assert generated["keys_kept"] == sums[0, 0]
+    assert generated["dense_layer"] == (3 if phases == "prefill" else 1) * HEADS
+    assert generated["dense_off"] == generated["dense_prefill"] == generated["prefill_rows"] == 0
+    for seq, tokens in ((1, 1), (2, 30), (3, 9)):
+        assert totals[seq]["rows"] == 0
+        assert totals[seq]["prefill_rows"] == 3 * HEADS * tokens
+        assert totals[seq]["prefill_keys_kept"] == sums[seq, 0]
+    # Single tokens take the decode kernel, which counts V rows.
+    assert totals[1]["prefill_v_tiles"] == totals[1]["prefill_v_tiles_read"] == 0
+    assert totals[1]["prefill_keys_scored"] == (65 + 40 + 65) * HEADS
+    for name in FIELDS:
+        assert sum(row[name] for row in totals[:4]) == sum(row[name] for row in totals[4:])
+
+
+def test_prompts_are_planned_and_counted_as_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, stock: list[dict[str, Any]]
+) -> None:
+    builder, _ = make_builder(monkeypatch, phases="both", prefill_k=32, layers={"2": {"k": 128}})
+    table = builder.plan.table
+    table.theta[0], table.theta[1] = -4.0, -8.0
+    table.slope.fill_(0.5)
+    builder.tensors._allocate_layers([0, 1, 2], [None, WINDOW, None])
+    batch = Batch([90, 60, 50], [30, 9, 2])
+    asked = {1: RequestOptions(k=512), 2: RequestOptions(pruning=False)}
+    monkeypatch.setattr(gpu, "row_options", lambda cam: asked)
+    gpu.STEP_LOG.begin(object(), [], [])
+    metadata = builder.build(0, batch.common())
+    (counts,) = gpu.STEP_LOG.end()
+    ours, common = metadata.prompts, batch.common()
+    theirs = plan_prompts(
+        Dial(builder.plan, [0, 1, 2], [None, WINDOW, None], 0, HEADS),
+        builder.plan.config.prefill_k,
+        common.block_table_tensor,
+        common.query_start_loc_cpu,
+        common.seq_lens,
+        asked,
+        HEADS,
+        KV_HEADS,
+    )
+    assert torch.equal(ours.dense.bool(), theirs.dense)
+    assert theirs.dense.any()
+    assert not theirs.dense.all()
+    pruned = ~theirs.dense
+    torch.testing.assert_close(ours.theta[pruned], theirs.theta[pruned], rtol=1e-5, atol=1e-4)
+    generator = torch.Generator().manual_seed(0)
+    for name, most in (("num_kept", 60), ("v_tiles_read", 3)):
+        tensor = getattr(ours, name)
+        tensor.copy_(torch.randint(1, most, tensor.shape, generator=generator))
+        getattr(theirs, name).copy_(tensor)
+    expected = theirs.counts()
+    for seq, row in enumerate(named_totals(counts)[:3]):
+        found = {name: row[name] for name in expected}
+        assert found == {name: int(values[:, seq].sum()) for name, values in expected.items()}
 
 
 def test_a_single_prompt_token_runs_dense(
@@ -366,17 +530,19 @@ def test_padding_of_a_captured_batch_yields_zeros(
     assert not stock
     counts = step.GPUStepCounts(
         tensors=builder.tensors,
-        prefill_lens=torch.zeros(4, dtype=torch.int64),
+        num_rows=4,
+        prompts=None,
+        query_start_loc=common.query_start_loc,
         seq_lens=common.seq_lens,
-        layers=[0, 1, 2],
         num_layers=3,
         detail=[],
     )
     assert named_totals(counts)[2:4] == [dict.fromkeys(FIELDS, 0)] * 2
 
 
-def test_graphs_of_longer_queries_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    builder, _ = make_builder(monkeypatch)
+@pytest.mark.parametrize("phases", ["decode", "both"])
+def test_graphs_of_longer_queries_are_refused(monkeypatch: pytest.MonkeyPatch, phases: str) -> None:
+    builder, _ = make_builder(monkeypatch, phases=phases)
     with pytest.raises(RuntimeError, match="FULL_DECODE_ONLY"):
         builder.build_for_cudagraph_capture(Batch([70, 33], [1, 3]).common())
 
@@ -400,8 +566,8 @@ def test_level_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     assert builder.tensors.level_of(16) == 0
     assert builder.tensors.level_of(1024) == 1
     assert builder.tensors.level_of(128) == pytest.approx(0.5)
-    assert builder.tensors.layer_k.tolist() == [0, 128, 0]
-    assert builder.tensors.layer_level.tolist() == [0, 0.5, 0]
+    assert builder.tensors.layers.k.tolist() == [0, 128, 0]
+    assert builder.tensors.layers.level.tolist() == [0, 0.5, 0]
 
 
 def test_what_the_kernels_lack_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

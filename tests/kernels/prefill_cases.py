@@ -52,15 +52,12 @@ class PrefillCase:
     def run_in_chunks(self, impl: str, chunk: int, **options: int) -> PrefillResult:
         """`chunk` query tokens of every sequence at a time, on the same full cache."""
         done = [0] * len(self.query_lens)
-        parts = self._empty(len(self.query))
-        starts = self._starts()
+        parts = self.empty(len(self.query))
         while any(d < q for d, q in zip(done, self.query_lens, strict=True)):
             take = tuple(min(chunk, q - d) for d, q in zip(done, self.query_lens, strict=True))
             upto = tuple(d + t for d, t in zip(done, take, strict=True))
             part = self.run_chunk(impl, upto, take, **options)
-            rows = torch.cat(
-                [torch.arange(s + u - t, s + u) for s, u, t in zip(starts, upto, take, strict=True)]
-            )
+            rows, _ = self.chunk(upto, take)
             for name in ("out", "num_kept", "v_tiles_read"):
                 getattr(parts, name)[rows] = getattr(part, name)
             done = list(upto)
@@ -71,12 +68,8 @@ class PrefillCase:
     ) -> PrefillResult:
         """Query tokens upto - take to upto - 1 of every sequence."""
         spec = self.spec
-        starts = self._starts()
-        rows = torch.cat(
-            [torch.arange(s + u - t, s + u) for s, u, t in zip(starts, upto, take, strict=True)]
-        )
-        lens = [n - q + u for n, q, u in zip(spec.lens, self.query_lens, upto, strict=True)]
-        result = self._empty(len(rows))
+        rows, lens = self.chunk(upto, take)
+        result = self.empty(len(rows))
         loc = torch.tensor([0, *take]).cumsum(0).to(torch.int32)
         wide = torch.full((len(rows), spec.num_heads + 2, spec.head_dim), math.nan)
         query = wide.to(spec.dtype)[:, : spec.num_heads]
@@ -103,6 +96,13 @@ class PrefillCase:
         )
         return result
 
+    def chunk(self, upto: tuple[int, ...], take: tuple[int, ...]) -> tuple[Tensor, list[int]]:
+        """Rows of the query tokens upto - take to upto - 1, and keys cached with the last one."""
+        ends = [start + u for start, u in zip(self.starts(), upto, strict=True)]
+        rows = [torch.arange(end - t, end) for end, t in zip(ends, take, strict=True)]
+        spans = zip(self.spec.lens, self.query_lens, upto, strict=True)
+        return torch.cat(rows), [n - q + u for n, q, u in spans]
+
     def row_lens(self, seq: int) -> Tensor:
         """Keys that each query token of a sequence sees, windows left aside: [query_len]."""
         length = self.spec.lens[seq]
@@ -110,7 +110,7 @@ class PrefillCase:
 
     def rows_of(self, seq: int) -> slice:
         """The sequence's query tokens."""
-        start = self._starts()[seq]
+        start = self.starts()[seq]
         return slice(start, start + self.query_lens[seq])
 
     def scores(self, seq: int) -> Tensor:
@@ -127,7 +127,7 @@ class PrefillCase:
     def expected(self) -> tuple[PrefillResult, Tensor]:
         """The specification in float64, and what a careful low-precision kernel would write."""
         spec, size = self.spec, self.spec.group_size
-        exact = self._empty(len(self.query), torch.float64)
+        exact = self.empty(len(self.query), torch.float64)
         low = torch.zeros_like(exact.out, dtype=spec.dtype)
         for seq, query_len in enumerate(self.query_lens):
             if query_len == 0:
@@ -158,10 +158,11 @@ class PrefillCase:
             low[rows] = row.to(spec.dtype)
         return exact, low
 
-    def _starts(self) -> list[int]:
+    def starts(self) -> list[int]:
+        """First query token of each sequence."""
         return torch.tensor([0, *self.query_lens]).cumsum(0).tolist()[:-1]
 
-    def _empty(self, num_tokens: int, dtype: torch.dtype | None = None) -> PrefillResult:
+    def empty(self, num_tokens: int, dtype: torch.dtype | None = None) -> PrefillResult:
         """Outputs, pre-filled with what must be overwritten."""
         spec = self.spec
         wide = torch.full(

@@ -1,4 +1,4 @@
-"""What the decode kernel reads, counted from the masks of every load under the interpreter."""
+"""What the kernels read, counted from the masks of every load under the interpreter."""
 
 from collections import Counter
 from typing import Any
@@ -6,9 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import triton_prefill_cases
+from cpu_cases import Spec, with_options
+from prefill_cases import PrefillCase, make_prefill_case
 from triton_cases import Case, run
 from triton_interpreter import needs_interpreter
 
+from vllm_toptheta.kernels.api import V_TILE
 from vllm_toptheta.kernels.reference import select_by_theta
 
 pytestmark = needs_interpreter
@@ -139,3 +143,85 @@ def test_the_best_key_costs_one_row(
     assert means.sum() == (10 + 1) * case.head_dim, (
         "one mean more, which the best key's row replaces"
     )
+
+
+PROMPT = Spec(4, 2, 64, 32, 16, lens=(448,), dtype=torch.bfloat16, kept=0.005, seed=44)
+
+
+def make_prompt(**changes: Any) -> PrefillCase:
+    """The last 32 tokens of a prompt; each half of them attends alike, so that V tiles are skipped.
+
+    A tile of 32 rows holds 16 tokens with both heads of a kv head.
+    """
+    case = make_prefill_case(with_options(PROMPT, **changes), (32,))
+    for start in (0, 16):
+        case.query[start : start + 16] = case.query[start]
+    scores = case.scores(0)
+    for row in range(32):
+        third = scores[:, row].sort(-1, descending=True).values[:, 2:4].mean(-1)
+        case.theta[row] = third.float()
+    return case
+
+
+def kept_by_tiles(case: PrefillCase) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys that a row keeps, and those that a row sees in groups it sees in part: masks
+    [row tiles, num_kv_heads, length].
+    """
+    kept = select_by_theta(case.scores(0), case.theta.double().T)
+    position, ends = torch.arange(case.spec.lens[0]), case.row_lens(0)[:, None]
+    partial = (position >= ends // 16 * 16) & (position < ends)
+    groups = (case.spec.num_kv_heads, -1)
+
+    def union(mask: torch.Tensor) -> torch.Tensor:
+        return mask.unflatten(0, groups).any(1).unflatten(1, (2, 16)).any(2).transpose(0, 1)
+
+    return union(kept), union(partial.expand(kept.shape))
+
+
+def loads_by_position(case: PrefillCase, per_slot: torch.Tensor) -> torch.Tensor:
+    """Loads [num_kv_heads, length], from loads [blocks, heads, slots, dim]."""
+    assert torch.equal(per_slot.amin(-1), per_slot.amax(-1)), "a row was loaded in part"
+    length = case.spec.lens[0]
+    blocks = case.cache.block_table[0, : length // case.spec.block_size].long()
+    assert per_slot.sum() == per_slot[blocks].sum(), "another block was read"
+    return per_slot[..., 0][blocks].permute(1, 0, 2).flatten(1)
+
+
+def test_prompts_read_k_once_a_row_tile_and_of_v_what_a_row_keeps(loads: list[np.ndarray]) -> None:
+    case = make_prompt()
+    pages = triton_prefill_cases.gpu_pages(case)
+    triton_prefill_cases.run(case, pages, rows=32)
+    key, value = (
+        loads_by_position(case, element_loads(loads, tensor)) for tensor in (pages.key, pages.value)
+    )
+    kept, partial = kept_by_tiles(case)
+    seen = torch.stack([torch.arange(448) < 432, torch.ones(448, dtype=torch.bool)])
+    assert torch.equal(key, seen.sum(0).expand(2, -1))
+    assert torch.equal(value, (kept | partial).sum(0))
+    tiles = (kept | partial).unflatten(-1, (-1, V_TILE)).any(-1)
+    assert tiles.float().mean() < 0.7, "the case skips too little to show anything"
+    means = element_loads(loads, pages.means)[..., 0]
+    blocks = case.cache.block_table[0, :14].long()
+    per_group = means[blocks].permute(1, 0, 2).flatten(1)
+    # The last group of a row tile is complete for its last row only.
+    assert torch.equal(per_group[0], torch.tensor([*[2] * 27, 1]))
+
+
+def test_prompts_multiply_v_only_where_a_row_keeps_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    dots = []
+    original = InterpreterBuilder.create_dot
+
+    def create_dot(self: Any, *args: Any) -> Any:
+        dots.append(1)
+        return original(self, *args)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+    case = make_prompt(compensation=False)
+    triton_prefill_cases.run(case, rows=32)
+    kept, _ = kept_by_tiles(case)
+    with_survivors = int(kept.unflatten(-1, (-1, V_TILE)).any(-1).sum())
+    key_tiles = 2 * (7 + 7)
+    assert len(dots) == key_tiles + with_survivors
+    assert with_survivors < 0.7 * key_tiles

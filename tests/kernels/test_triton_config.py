@@ -102,5 +102,5 @@ def test_gpu_check_runs_under_the_interpreter(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     records = json.loads(report.read_text())["records"]
-    assert [record["check"] for record in records] == ["correctness", "determinism"]
+    assert [record["check"] for record in records] == ["correctness", "determinism", "prompts"]
     assert all(record["ok"] for record in records)

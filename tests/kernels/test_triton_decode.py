@@ -106,13 +106,13 @@ def test_unsupported_shapes_are_refused(change: dict, message: str) -> None:
 
 
 def test_too_little_scratch_is_refused() -> None:
-    from vllm_toptheta.kernels.triton_config import LaunchConfig
-    from vllm_toptheta.kernels.triton_decode import DecodeScratch, _check_launch
+    from vllm_toptheta.kernels.triton_checks import check_tile
+    from vllm_toptheta.kernels.triton_decode import DecodeScratch, _check_splits
 
     scratch = DecodeScratch.allocate(5, 2, 1, 64, "cpu")
     with pytest.raises(ValueError, match="room for 5 parts, 2 sequences of 3 splits need 6"):
-        _check_launch(LaunchConfig(64), 16, 3, 2, scratch, True)
+        _check_splits(3, 2, scratch)
     with pytest.raises(ValueError, match="choose another tile"):
-        _check_launch(LaunchConfig(32), 64, 1, 2, scratch, True)
+        check_tile(32, 64)
     with pytest.raises(ValueError, match="num_splits must be 1 to 64"):
-        _check_launch(LaunchConfig(64), 16, 65, 1, scratch, True)
+        _check_splits(65, 1, scratch)

@@ -38,8 +38,8 @@ def look_up(
         "layer_dense": torch.zeros(2, dtype=torch.int8),
         "row_k": torch.tensor(row_ks),
         "row_level": torch.tensor([level_of(k) for k in row_ks]),
-        "row_min_len": torch.zeros(num_seqs, dtype=torch.int32),
-        "row_dense": torch.zeros(num_seqs, dtype=torch.int8),
+        "row_dense": torch.zeros(num_seqs),
+        "min_len": 0,
     }
     lookup_theta(
         table.theta.transpose(0, 1).contiguous(),
@@ -121,8 +121,8 @@ def test_why_rows_run_dense() -> None:
         TABLE,
         [100, 101, 500, 500, 0],
         [16.0, 16.0, 16.0, 16.0, 16.0],
-        row_min_len=torch.tensor([100, 100, 0, 0, 0], dtype=torch.int32),
-        row_dense=torch.tensor([0, 0, 0, 1, 0], dtype=torch.int8),
+        row_dense=torch.tensor([0.0, 0.0, 0.0, 1.0, 0.0]),
+        min_len=100,
     )
     none, short, row = module.DENSE_NONE, module.DENSE_SHORT, module.DENSE_ROW
     assert dense[0].tolist() == [short, none, none, row, short]
@@ -143,4 +143,4 @@ def test_wrong_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="row_k must hold at least 2"):
         look_up(TABLE, [5, 6], row_k=torch.zeros(1))
     with pytest.raises(ValueError, match="row_dense must hold at least 1"):
-        look_up(TABLE, [5], row_dense=torch.zeros(1))
+        look_up(TABLE, [5], row_dense=torch.zeros(1, dtype=torch.int8))

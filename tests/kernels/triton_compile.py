@@ -5,6 +5,7 @@ Runs as a program, because compiling and interpreting exclude each other within 
 compiled is what the launchers launch: their calls are recorded instead of executed.
 """
 
+import contextlib
 import json
 import re
 import subprocess
@@ -21,8 +22,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import mangle_type
 
-from vllm_toptheta.kernels import triton_decode, triton_means, triton_theta
-from vllm_toptheta.kernels.triton_config import choose_config
+from vllm_toptheta.kernels import (
+    triton_counts,
+    triton_decode,
+    triton_means,
+    triton_prefill,
+    triton_theta,
+)
+from vllm_toptheta.kernels.triton_config import choose_config, choose_prefill_config
 
 TARGETS = {
     "cuda:80": GPUTarget("cuda", 80, 32),
@@ -42,7 +49,7 @@ SHARED_LIMITS = {
 
 @dataclass
 class Shape:
-    """One specialisation of the decode kernel."""
+    """One specialisation of the attention kernels."""
 
     head_dim: int = 128
     heads: int = 4
@@ -120,8 +127,32 @@ def source(
     return ASTSource(function, signature, constants, attributes), options
 
 
-def decode_calls(shape: Shape, amd: bool) -> Iterator[tuple[str, ASTSource, dict[str, Any]]]:
-    """The launches of one decode step."""
+@contextlib.contextmanager
+def recorded(module: Any, *names: str) -> Iterator[list[Recorder]]:
+    """Record the launches of some jit functions of a module."""
+    functions = [getattr(module, name) for name in names]
+    recorders = [Recorder(function) for function in functions]
+    for name, recorder in zip(names, recorders, strict=True):
+        setattr(module, name, recorder)
+    try:
+        yield recorders
+    finally:
+        for name, function in zip(names, functions, strict=True):
+            setattr(module, name, function)
+
+
+Call = tuple[str, ASTSource, dict[str, Any]]
+
+
+def sources(recorders: list[Recorder]) -> Iterator[Call]:
+    """What Triton would compile for recorded launches."""
+    for recorder in recorders:
+        for args, kwargs in recorder.calls:
+            yield recorder.function.__name__, *source(recorder.function, args, kwargs)
+
+
+def attention_calls(shape: Shape, amd: bool) -> Iterator[Call]:
+    """The launches of one layer: a decode step, a prefill step, and the update of the means."""
     cache_dtype = shape.cache_dtype or shape.dtype
     if amd and cache_dtype == E4M3:
         cache_dtype = E4M3_AMD
@@ -130,61 +161,60 @@ def decode_calls(shape: Shape, amd: bool) -> Iterator[tuple[str, ASTSource, dict
     key, value = kv.transpose(1, 2).split(shape.head_dim, dim=-1)
     groups = shape.block_size // shape.group_size
     means = torch.empty(2, num_kv_heads, groups, shape.head_dim, dtype=shape.dtype)
-    query = torch.empty(1, num_heads, shape.head_dim, dtype=shape.dtype)
+    query = torch.empty(2, num_heads, shape.head_dim, dtype=shape.dtype)
     scale = torch.ones(1) if shape.cache_dtype else None
-    split, merge = triton_decode._split_kernel, triton_decode._merge_kernel
-    triton_decode._split_kernel, triton_decode._merge_kernel = Recorder(split), Recorder(merge)
-    try:
+    common: dict[str, Any] = {
+        "sm_scale": 0.1,
+        "dense": torch.empty(2, dtype=torch.int8),
+        "out": torch.empty_like(query),
+        "num_kept": torch.empty(2, num_heads, dtype=torch.int32),
+        "soft_cap": shape.soft_cap,
+        "sinks": torch.empty(num_heads) if shape.sinks else None,
+        "k_scale": scale,
+        "v_scale": scale,
+    }
+    read = torch.empty(2, num_kv_heads, dtype=torch.int32)
+    cache = (query, key, value, means if shape.compensation else None)
+    block_table, theta = torch.empty(2, 32, dtype=torch.int32), torch.empty(2, num_heads)
+    seq_lens = torch.empty(2, dtype=torch.int32)
+    sizes = {"head_dim": shape.head_dim, "group_size": shape.group_size}
+    with recorded(triton_decode, "_split_kernel", "_merge_kernel") as recorders:
         triton_decode.decode_attention(
-            query,
-            key,
-            value,
-            means if shape.compensation else None,
-            torch.empty(1, 32, dtype=torch.int32),
-            torch.empty(1, dtype=torch.int32),
-            torch.empty(1, num_heads),
-            sm_scale=0.1,
-            dense=torch.empty(1, dtype=torch.int8),
-            out=torch.empty_like(query),
-            num_kept=torch.empty(1, num_heads, dtype=torch.int32),
-            v_rows_read=torch.empty(1, num_kv_heads, dtype=torch.int32),
+            *cache,
+            block_table,
+            seq_lens,
+            theta,
+            v_rows_read=read,
             scratch=triton_decode.DecodeScratch.allocate(
-                shape.num_splits, num_heads, num_kv_heads, shape.head_dim, "cpu"
+                2 * shape.num_splits, num_heads, num_kv_heads, shape.head_dim, "cpu"
             ),
             num_splits=shape.num_splits,
-            config=choose_config(
-                head_dim=shape.head_dim,
-                group_size=shape.group_size,
-                cache_bytes=cache_dtype.itemsize,
-            ),
-            soft_cap=shape.soft_cap,
-            sinks=torch.empty(num_heads) if shape.sinks else None,
-            k_scale=scale,
-            v_scale=scale,
+            config=choose_config(**sizes, cache_bytes=cache_dtype.itemsize),
+            **common,
         )
-        for name in ("_split_kernel", "_merge_kernel"):
-            recorder = getattr(triton_decode, name)
-            for args, kwargs in recorder.calls:
-                yield name, *source(recorder.function, args, kwargs)
-    finally:
-        triton_decode._split_kernel, triton_decode._merge_kernel = split, merge
+    yield from sources(recorders)
+    with recorded(triton_prefill, "_prefill_kernel") as recorders:
+        triton_prefill.prefill_attention(
+            *cache,
+            block_table,
+            torch.empty(3, dtype=torch.int32),
+            seq_lens,
+            theta,
+            v_tiles_read=read,
+            config=choose_prefill_config(**sizes),
+            **common,
+        )
+    yield from sources(recorders)
     if shape.compensation:
-        recorder = Recorder(triton_means._update_v_means_kernel)
-        triton_means._update_v_means_kernel = recorder
-        try:
+        with recorded(triton_means, "_update_v_means_kernel") as recorders:
             triton_means.update_v_means(value, means, torch.zeros(1, dtype=torch.int64))
-        finally:
-            triton_means._update_v_means_kernel = recorder.function
-        (args, kwargs) = recorder.calls[0]
-        yield "_update_v_means_kernel", *source(recorder.function, args, kwargs)
+        yield from sources(recorders)
 
 
-def theta_call() -> Iterator[tuple[str, ASTSource, dict[str, Any]]]:
-    """The threshold look-up of a step: 32 layers, 8 levels, 32 heads, 40 knots."""
-    recorder = Recorder(triton_theta._lookup_theta_kernel)
-    triton_theta._lookup_theta_kernel = recorder
+def step_calls() -> Iterator[Call]:
+    """The launches around a step's layers: 32 layers, 8 levels, 32 heads, 40 knots."""
     layers, rows = torch.zeros(32), torch.zeros(4)
-    try:
+    with recorded(triton_theta, "_lookup_theta_kernel") as recorders:
         triton_theta.lookup_theta(
             torch.zeros(32, 8, 32, 40),
             torch.zeros(32, 8, 32),
@@ -196,15 +226,29 @@ def theta_call() -> Iterator[tuple[str, ASTSource, dict[str, Any]]]:
             seq_lens=rows.int(),
             row_k=rows,
             row_level=rows,
-            row_min_len=rows.int(),
-            row_dense=rows.to(torch.int8),
+            row_dense=rows,
+            min_len=1024,
             out=torch.zeros(32, 4, 32),
             dense=torch.zeros(32, 4, dtype=torch.int8),
         )
-    finally:
-        triton_theta._lookup_theta_kernel = recorder.function
-    args, kwargs = recorder.calls[0]
-    yield "_lookup_theta_kernel", *source(recorder.function, args, kwargs)
+    yield from sources(recorders)
+    dense = torch.zeros(32, 4, dtype=torch.int8)
+    kept = torch.zeros(32, 4, 32, dtype=torch.int32)
+    read = torch.zeros(32, 4, 8, dtype=torch.int32)
+    with recorded(triton_counts, "_count_kernel") as recorders:
+        triton_counts.count_step(
+            torch.zeros(6, dtype=torch.int32),
+            torch.zeros(7, dtype=torch.int32),
+            triton_counts.CountedLayers(
+                layers.int(), layers.int(), layers, layers, torch.zeros(8, 32, 32)
+            ),
+            triton_counts.CountedRows(rows, rows, dense, kept, read, 4),
+            triton_counts.CountedPrompts(dense, kept, read),
+            prunes_prompts=True,
+            prunes_generated=True,
+            out=torch.zeros(6, 32, len(triton_counts.COLUMNS), dtype=torch.int64),
+        )
+    yield from sources(recorders)
 
 
 def resources(compiled: Any) -> dict[str, int]:
@@ -261,9 +305,9 @@ def main() -> None:
         for shape in SHAPES:
             if not is_served(shape, target_name):
                 continue
-            calls = list(decode_calls(shape, target.backend == "hip"))
+            calls = list(attention_calls(shape, target.backend == "hip"))
             if shape is SHAPES[0]:
-                calls += list(theta_call())
+                calls += list(step_calls())
             for name, kernel_source, options in calls:
                 compiled = triton.compile(kernel_source, target=target, options=options)
                 record = {

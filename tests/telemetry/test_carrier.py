@@ -124,6 +124,46 @@ def test_the_v2_runner_hands_out_the_counts_with_its_late_output(runner_class: A
     assert STEP_LOG.runner is None, "dummy runs are not recorded"
 
 
+@pytest.mark.parametrize("runner_class", [RunnerV2], indirect=True)
+def test_counts_of_a_device_are_waited_for_when_the_output_is_taken(
+    runner_class: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: list[str] = []
+
+    class OnDevice(torch.Tensor):
+        @property
+        def device(self) -> torch.device:
+            return torch.device("cuda")
+
+    class Event:
+        def record(self) -> None:
+            log.append("record")
+
+        def synchronize(self) -> None:
+            log.append("wait")
+
+    class Host(torch.Tensor):
+        def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> Any:
+            log.append("copy" if non_blocking else "blocking copy")
+            return super().copy_(source.as_subclass(torch.Tensor))
+
+    def empty(shape: Any, *, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
+        log.append("pinned" if pin_memory else "pageable")
+        return torch.zeros(shape, dtype=dtype).as_subclass(Host)
+
+    step = Step([3, 5])
+    totals = step.totals().as_subclass(OnDevice)
+    runner_class.steps = [SimpleNamespace(**vars(step), num_reqs=2, totals=lambda: totals)]
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    runner = runner_class()
+    runner.execute_model(scheduled())
+    output = runner.sample_tokens(None)
+    assert log == ["pinned", "copy", "record"]
+    assert rows(output.get_output().toptheta) == {"b": 3, "a": 5}
+    assert log[3:] == ["wait"]
+
+
 def test_several_builders_add_up_and_padding_is_dropped(runner_class: Any) -> None:
     runner_class.steps = [Step([3, 5, 9]), Step([1, 1, 9], layer=1)]
     runner = runner_class()

@@ -1,10 +1,12 @@
-"""The GPU backend: vLLM's attention calls in, single-token rows through the Top-theta kernels and
-the rest through vLLM's Triton attention.
+"""The GPU backend: vLLM's attention calls in, single-token rows through the Top-theta decode kernel
+and the rest through vLLM's Triton attention.
 
-Everything the kernels need lives in tensors that stay in place and are refreshed in `build`, which
-runs every step, also where a captured graph replays the layers. Prompt tokens are never pruned:
-chunks run on vLLM's kernel, and a single one left over by the prefix cache or a chunk boundary
-takes the dense path inside ours.
+Everything that the decode kernel needs lives in tensors that stay in place and are refreshed in
+`build`, which runs every step, also where a captured graph replays the layers. By default only
+tokens that a request generates are pruned: chunks of a prompt run on vLLM's kernel, and a single
+token left over by the prefix cache or a chunk boundary takes the dense path inside ours. With
+`phases` "prefill" or "both" chunks take the prefill kernel, and single tokens are pruned as prompt
+rows. Either way a prompt's KV does not depend on how it was chunked or cached.
 """
 
 from dataclasses import dataclass
@@ -29,20 +31,18 @@ from vllm.v1.attention.backends.triton_attn import (
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_toptheta.backend.dial import row_options
+from vllm_toptheta.backend.gpu_prompts import PromptRows, plan_prompts
 from vllm_toptheta.backend.gpu_tensors import DecodeRows, LayerShape, StepTensors
 from vllm_toptheta.backend.plan import Plan
 from vllm_toptheta.backend.registration import NAME
 from vllm_toptheta.backend.sidecar import pad_page, v_means_view
 from vllm_toptheta.backend.step import GPUStepCounts
 from vllm_toptheta.config import TopThetaConfig
-from vllm_toptheta.kernels.triton_config import choose_config
-from vllm_toptheta.kernels.triton_decode import (
-    MAX_HEAD_DIM,
-    MIN_HEAD_DIM,
-    check_supported,
-    decode_attention,
-)
+from vllm_toptheta.kernels.triton_checks import MAX_HEAD_DIM, MIN_HEAD_DIM, check_supported
+from vllm_toptheta.kernels.triton_config import choose_config, choose_prefill_config
+from vllm_toptheta.kernels.triton_decode import decode_attention
 from vllm_toptheta.kernels.triton_means import update_v_means
+from vllm_toptheta.kernels.triton_prefill import prefill_attention
 from vllm_toptheta.telemetry.carrier import install_on_runner
 from vllm_toptheta.telemetry.step_log import STEP_LOG
 
@@ -146,11 +146,13 @@ class TopThetaGPUMetadata:
         num_actual_tokens: tokens of the batch; single-token rows first.
         decode: the single-token rows, or None.
         prefill: TRITON_ATTN's metadata of the remaining rows, or None.
+        prompts: the remaining rows, where they run on our kernel, or None.
     """
 
     num_actual_tokens: int
     decode: DecodeRows | None
     prefill: TritonAttentionMetadata | None
+    prompts: PromptRows | None = None
 
 
 class TopThetaGPUMetadataBuilder(TritonAttentionMetadataBuilder):
@@ -183,7 +185,7 @@ class TopThetaGPUMetadataBuilder(TritonAttentionMetadataBuilder):
             )
         shape = LayerShape(*shapes.pop())
         check_supported(shape.head_dim, shape.num_heads, shape.num_kv_heads, self.block_size)
-        self.layers = indices = [self.plan.layer_index(name) for name in layer_names]
+        indices = [self.plan.layer_index(name) for name in layer_names]
         for slot, impl in enumerate(impls):
             impl.bind(slot)
         name, num_units, shared_limit = _device_limits(device)
@@ -204,7 +206,7 @@ class TopThetaGPUMetadataBuilder(TritonAttentionMetadataBuilder):
             num_units=num_units,
             device=device,
         )
-        if vllm_config.speculative_config is not None:
+        if vllm_config.speculative_config is not None and self.plan.config.phases == "decode":
             logger.warning_once(
                 "toptheta: rows that verify several draft tokens at once are not pruned; "
                 "they are counted as dense"
@@ -226,8 +228,7 @@ class TopThetaGPUMetadataBuilder(TritonAttentionMetadataBuilder):
         fast_build: bool = False,
     ) -> TopThetaGPUMetadata:
         cam = common_attn_metadata
-        query_lens = cam.query_start_loc_cpu.diff().to(torch.int64)
-        num_rows = _count_single_token_rows(query_lens)
+        num_rows = _count_single_token_rows(cam.query_start_loc_cpu.diff())
         options = row_options(cam)
         decode = None
         if num_rows:
@@ -235,7 +236,7 @@ class TopThetaGPUMetadataBuilder(TritonAttentionMetadataBuilder):
             decode = self.tensors.refresh(
                 cam.seq_lens[:num_rows], cam.block_table_tensor, prompt, options
             )
-        prefill = None
+        prefill, prompts = None, None
         if num_rows < cam.num_reqs:
             tokens = int(cam.query_start_loc_cpu[num_rows])
             rest = cam.replace(
@@ -247,19 +248,29 @@ class TopThetaGPUMetadataBuilder(TritonAttentionMetadataBuilder):
                 block_table_tensor=cam.block_table_tensor[num_rows:],
                 slot_mapping=cam.slot_mapping[tokens:],
             )
-            prefill = super().build(common_prefix_len, rest, fast_build)
-        query_lens[:num_rows] = 0
+            if self.plan.config.phases == "decode":
+                prefill = super().build(common_prefix_len, rest, fast_build)
+            else:
+                prompts = plan_prompts(
+                    self.tensors,
+                    rest.block_table_tensor,
+                    rest.query_start_loc,
+                    rest.seq_lens,
+                    rest.num_actual_tokens,
+                    {row - num_rows: asked for row, asked in options.items() if row >= num_rows},
+                )
         STEP_LOG.append(
             GPUStepCounts(
                 tensors=self.tensors,
-                prefill_lens=query_lens,
-                seq_lens=cam.seq_lens[:num_rows],
-                layers=self.layers,
+                num_rows=num_rows,
+                prompts=prompts,
+                query_start_loc=cam.query_start_loc,
+                seq_lens=cam.seq_lens,
                 num_layers=self.plan.table.num_layers,
                 detail=[row for row, asked in options.items() if asked.layers],
             )
         )
-        return TopThetaGPUMetadata(cam.num_actual_tokens, decode, prefill)
+        return TopThetaGPUMetadata(cam.num_actual_tokens, decode, prefill, prompts)
 
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
@@ -267,7 +278,7 @@ class TopThetaGPUMetadataBuilder(TritonAttentionMetadataBuilder):
         # Short rows keep the capture fast; the grid depends on the batch size alone.
         common_attn_metadata.seq_lens.fill_(1)
         metadata = self.build(0, common_attn_metadata)
-        if metadata.prefill is not None:
+        if metadata.prefill is not None or metadata.prompts is not None:
             raise RuntimeError(
                 "toptheta captures graphs of single-token rows only; set the compilation option "
                 "cudagraph_mode to FULL_AND_PIECEWISE or FULL_DECODE_ONLY"
@@ -293,8 +304,8 @@ def _device_limits(device: torch.device) -> tuple[str, int, int | None]:
 
 
 class TopThetaGPUImpl(TritonAttentionImpl):
-    """One attention layer: single-token rows through the Top-theta kernels, the rest through
-    TRITON_ATTN.
+    """One attention layer: single-token rows and pruned prompts through the Top-theta kernels,
+    other prompts through TRITON_ATTN.
     """
 
     def __init__(
@@ -340,6 +351,9 @@ class TopThetaGPUImpl(TritonAttentionImpl):
         self._means_of: int | None = None
         config = TopThetaConfig.from_additional_config(get_current_vllm_config().additional_config)
         self.group_size, self.compensation = config.group_size, config.compensation
+        self.prefill_config = choose_prefill_config(
+            head_dim=head_size, group_size=config.group_size
+        )
         TopThetaGPUBackend.group_size = config.group_size
 
     def bind(self, slot: int) -> None:
@@ -406,12 +420,12 @@ class TopThetaGPUImpl(TritonAttentionImpl):
             return output.fill_(0)
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("toptheta does not fuse output quantisation")
+        if self.sinks is not None and self.float_sinks is None:
+            self.float_sinks = self.sinks.float()
+        key_cache, value_cache = self._split(kv_cache)
         num_rows = 0
         if (rows := attn_metadata.decode) is not None:
             num_rows = rows.num_rows
-            if self.sinks is not None and self.float_sinks is None:
-                self.float_sinks = self.sinks.float()
-            key_cache, value_cache = self._split(kv_cache)
             decode_attention(
                 query[:num_rows],
                 key_cache,
@@ -434,8 +448,30 @@ class TopThetaGPUImpl(TritonAttentionImpl):
                 k_scale=layer._k_scale if self.is_fp8 else None,
                 v_scale=layer._v_scale if self.is_fp8 else None,
             )
+        rest = slice(num_rows, attn_metadata.num_actual_tokens)
+        if (prompts := attn_metadata.prompts) is not None:
+            prefill_attention(
+                query[rest],
+                key_cache,
+                value_cache,
+                self._means(kv_cache, query.dtype),
+                prompts.block_table,
+                prompts.query_start_loc,
+                prompts.seq_lens,
+                prompts.theta[self.slot],
+                sm_scale=self.sm_scale,
+                dense=prompts.dense[self.slot],
+                out=output[rest],
+                num_kept=prompts.num_kept[self.slot],
+                v_tiles_read=prompts.v_tiles_read[self.slot],
+                config=self.prefill_config,
+                window=self.window,
+                soft_cap=self.soft_cap,
+                sinks=self.float_sinks,
+                k_scale=layer._k_scale if self.is_fp8 else None,
+                v_scale=layer._v_scale if self.is_fp8 else None,
+            )
         if attn_metadata.prefill is not None:
-            rest = slice(num_rows, attn_metadata.num_actual_tokens)
             super().forward(
                 layer,
                 query[rest],

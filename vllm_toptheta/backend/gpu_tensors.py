@@ -14,14 +14,12 @@ from torch import Tensor
 from vllm.distributed import get_tensor_model_parallel_rank
 
 from vllm_toptheta.backend.plan import Plan
+from vllm_toptheta.kernels.triton_checks import NO_WINDOW
 from vllm_toptheta.kernels.triton_config import LaunchConfig, choose_num_splits
+from vllm_toptheta.kernels.triton_counts import CountedLayers, CountedRows
 from vllm_toptheta.kernels.triton_decode import DecodeScratch
 from vllm_toptheta.kernels.triton_theta import lookup_theta
 from vllm_toptheta.request_options import RequestOptions
-
-_NO_WINDOW = 2**31 - 1
-PROMPT, OFF = 1, 2
-"""Why a row runs dense in every layer: it is a prompt token, or its request asked for it."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +70,9 @@ class StepTensors:
 
     Attributes:
         max_rows: rows there is room for.
-        layer_window: [num_layers] int32, keys a row sees at most.
-        layer_k, layer_level: [num_layers] float32, a layer's own k; 0 where the row's counts.
+        layers: index, window and k of every layer.
         layer_dense: [num_layers] int8.
-        row_k, row_level: [max_rows] float32, mean keys a row keeps: its request's or the
-            configuration's.
-        row_min_len: [max_rows] int32, rows that see at most this many keys run dense.
-        row_dense: [max_rows] int8, PROMPT, OFF or 0.
+        row_wishes: [4, max_rows] float32, see `wishes`.
         theta, dense, num_kept, v_rows_read: see DecodeRows, for max_rows rows.
     """
 
@@ -118,14 +112,17 @@ class StepTensors:
         own = [plan.layer_k(i) if self._has_own_k(i) else 0.0 for i in indices]
         level = [self.level_of(k) if k else 0.0 for k in own]
         dense = [plan.layer_is_dense(i) for i in indices]
-        spans = [window or _NO_WINDOW for window in windows]
+        spans = [window or NO_WINDOW for window in windows]
         self.theta_table = table.theta[:, indices].transpose(0, 1).contiguous().to(device)
         self.slope_table = table.slope[:, indices].transpose(0, 1).contiguous().to(device)
         self.log2_lengths = table.lengths.log2().to(device)
-        self.log2_head_k = table.head_k[:, indices].log2().to(device)
-        self.layer_window = torch.tensor(spans, dtype=torch.int32, device=device)
-        self.layer_k = torch.tensor(own, dtype=torch.float32, device=device)
-        self.layer_level = torch.tensor(level, dtype=torch.float32, device=device)
+        self.layers = CountedLayers(
+            index=torch.tensor(indices, dtype=torch.int32, device=device),
+            window=torch.tensor(spans, dtype=torch.int32, device=device),
+            k=torch.tensor(own, dtype=torch.float32, device=device),
+            level=torch.tensor(level, dtype=torch.float32, device=device),
+            log2_head_k=table.head_k[:, indices].log2().contiguous().to(device),
+        )
         self.layer_dense = torch.tensor(dense, dtype=torch.int8, device=device)
 
     def _has_own_k(self, index: int) -> bool:
@@ -135,17 +132,10 @@ class StepTensors:
     def _allocate_rows(self, num_layers: int) -> None:
         rows, shape = self.max_rows, self.shape
 
-        def full(value: float, dtype: torch.dtype) -> Tensor:
-            return torch.full((rows,), value, dtype=dtype, device=self.device)
-
         def zeros(*sizes: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(num_layers, rows, *sizes, dtype=dtype, device=self.device)
 
-        config = self.plan.config
-        self.row_k = full(config.k, torch.float32)
-        self.row_level = full(self.level_of(config.k), torch.float32)
-        self.row_min_len = full(config.min_kv_len, torch.int32)
-        self.row_dense = full(0, torch.int8)
+        self.row_wishes = self.wishes(torch.zeros(rows, dtype=torch.bool), {}).to(self.device)
         self._rows_differ = False
         self.theta = zeros(shape.num_heads, dtype=torch.float32)
         self.dense = zeros(dtype=torch.int8)
@@ -175,16 +165,58 @@ class StepTensors:
             num_rows, self.shape.num_kv_heads, self.num_units, self.launch.programs_per_unit
         )
 
-    def head_k(self, num_rows: int) -> Tensor:
-        """[num_layers, num_rows, num_heads] int64, keys each head of a row is to keep."""
-        own = self.layer_level[:, None].expand(-1, num_rows)
-        level = torch.where(self.layer_k[:, None] > 0, own, self.row_level[:num_rows])
-        top = self.log2_head_k.shape[0] - 1
-        lower = level.floor().long().clamp(max=top)
-        layer = torch.arange(len(self.layer_k), device=self.device)[:, None]
-        low = self.log2_head_k[lower, layer]
-        high = self.log2_head_k[(lower + 1).clamp(max=top), layer]
-        return torch.lerp(low, high, (level - lower)[..., None]).exp2().round().to(torch.int64)
+    def wishes(self, is_prompt: Tensor, options: Mapping[int, RequestOptions]) -> Tensor:
+        """What rows are to do in every layer.
+
+        Args:
+            is_prompt: [num_rows] bool on the CPU, rows that are prompt tokens.
+            options: what requests asked for, by row, where it is not the default.
+
+        Returns:
+            [4, num_rows] float32 on the CPU, pinned for a GPU: mean keys a row keeps, their
+            position among the levels, 1 where the row runs dense, 1 where it is a prompt token.
+        """
+        plan, num_rows = self.plan, len(is_prompt)
+        config = plan.config
+        rows = torch.empty(4, num_rows, pin_memory=self.device.type == "cuda")
+        rows[0] = torch.where(is_prompt, plan.prefill_k, config.k)
+        rows[1] = torch.where(is_prompt, self.level_of(plan.prefill_k), self.level_of(config.k))
+        rows[2] = is_prompt if config.phases == "decode" else ~is_prompt
+        if config.phases == "both":
+            rows[2] = 0
+        rows[3] = is_prompt
+        for row, asked in options.items():
+            if row < num_rows and asked.k is not None:
+                rows[0, row], rows[1, row] = asked.k, self.level_of(asked.k)
+            if row < num_rows and asked.off:
+                rows[2, row] = 1
+        return rows
+
+    def look_up(self, seq_lens: Tensor, row_wishes: Tensor, out: Tensor, dense: Tensor) -> None:
+        """Look up thresholds of rows in every layer.
+
+        Args:
+            seq_lens: [num_rows] int32, keys of each row.
+            row_wishes: [4, at least num_rows] float32 on the device, see `wishes`.
+            out: [num_layers, at least num_rows, num_heads] float32, written.
+            dense: [num_layers, at least num_rows] int8, written with DENSE_* codes.
+        """
+        lookup_theta(
+            self.theta_table,
+            self.slope_table,
+            self.log2_lengths,
+            layer_window=self.layers.window,
+            layer_k=self.layers.k,
+            layer_level=self.layers.level,
+            layer_dense=self.layer_dense,
+            seq_lens=seq_lens,
+            row_k=row_wishes[0],
+            row_level=row_wishes[1],
+            row_dense=row_wishes[2],
+            min_len=self.plan.config.min_kv_len,
+            out=out,
+            dense=dense,
+        )
 
     def refresh(
         self,
@@ -207,23 +239,8 @@ class StepTensors:
         num_rows = seq_lens.shape[0]
         if num_rows > self.max_rows:
             raise RuntimeError(f"toptheta planned for {self.max_rows} rows, got {num_rows}")
-        self._write_rows(num_rows, is_prefilling, options)
-        lookup_theta(
-            self.theta_table,
-            self.slope_table,
-            self.log2_lengths,
-            layer_window=self.layer_window,
-            layer_k=self.layer_k,
-            layer_level=self.layer_level,
-            layer_dense=self.layer_dense,
-            seq_lens=seq_lens,
-            row_k=self.row_k,
-            row_level=self.row_level,
-            row_min_len=self.row_min_len,
-            row_dense=self.row_dense,
-            out=self.theta,
-            dense=self.dense,
-        )
+        self._write_rows(is_prefilling, options)
+        self.look_up(seq_lens, self.row_wishes, self.theta, self.dense)
         return DecodeRows(
             num_rows=num_rows,
             block_table=block_table[:num_rows],
@@ -237,31 +254,26 @@ class StepTensors:
             scratch=self.scratch,
         )
 
+    def counted(self, num_rows: int) -> CountedRows:
+        """What the counters need of the step's rows."""
+        return CountedRows(
+            is_prompt=self.row_wishes[3],
+            level=self.row_wishes[1],
+            dense=self.dense,
+            num_kept=self.num_kept,
+            v_rows_read=self.v_rows_read,
+            num_rows=num_rows,
+        )
+
     def _write_rows(
-        self,
-        num_rows: int,
-        is_prefilling: Tensor | None,
-        options: Mapping[int, RequestOptions],
+        self, is_prefilling: Tensor | None, options: Mapping[int, RequestOptions]
     ) -> None:
         """Write what each row is to do; costs nothing where all rows are, and were, alike."""
         prompt = is_prefilling is not None and bool(is_prefilling.any())
         if not (prompt or options or self._rows_differ):
             return
-        config = self.plan.config
-        k = torch.full((self.max_rows,), config.k)
-        level = torch.full((self.max_rows,), self.level_of(config.k))
-        dense = torch.zeros(self.max_rows, dtype=torch.int8)
-        for row, asked in options.items():
-            if row >= num_rows:
-                continue
-            if asked.k is not None:
-                k[row], level[row] = asked.k, self.level_of(asked.k)
-            if asked.off:
-                dense[row] = OFF
-        if prompt:
-            assert is_prefilling is not None
-            dense[: len(is_prefilling)][is_prefilling] = PROMPT
-        self.row_k.copy_(k, non_blocking=True)
-        self.row_level.copy_(level, non_blocking=True)
-        self.row_dense.copy_(dense, non_blocking=True)
+        is_prompt = torch.zeros(self.max_rows, dtype=torch.bool)
+        if is_prefilling is not None:
+            is_prompt[: len(is_prefilling)] = is_prefilling
+        self.row_wishes.copy_(self.wishes(is_prompt, options), non_blocking=True)
         self._rows_differ = prompt or bool(options)

@@ -57,7 +57,7 @@ class Plan:
                 )
         for k in {self.layer_k(index) for index in range(num_layers)} | {
             self.config.k,
-            self.config.prefill_k or self.config.k,
+            self.prefill_k,
         }:
             self.table.at_k(k)
         policy = self.policy()
@@ -84,6 +84,11 @@ class Plan:
             max_k=min(self.config.max_k or highest, highest),
             allow_off=self.config.allow_off,
         )
+
+    @property
+    def prefill_k(self) -> float:
+        """The mean keys a prompt row keeps where its request does not say."""
+        return self.config.prefill_k or self.config.k
 
     def layer_k(self, index: int, k: float | None = None) -> float:
         """The mean keys a row keeps that one layer's thresholds aim at.
@@ -143,7 +148,7 @@ class Plan:
         """One line for the log."""
         config, metadata = self.config, self.table.metadata
         dense = [index for index in sorted(config.layers) if self.layer_is_dense(index)]
-        prompts = f"prompts k {config.prefill_k or config.k:g}"
+        prompts = f"prompts k {self.prefill_k:g}"
         phases = {
             "decode": f"k {config.k:g}",
             "prefill": prompts,

@@ -78,6 +78,33 @@ def choose_config(
     )
 
 
+@dataclass(frozen=True)
+class PrefillConfig:
+    """How the prefill kernel is launched for one shape.
+
+    Attributes:
+        rows: query rows per program, tokens times heads of a kv head: a power of two, at least 16.
+        tile: keys per tile, a multiple of V_TILE and of the compensation group size.
+        num_warps: warps of a program.
+        num_stages: depth of the software pipeline over K tiles.
+    """
+
+    rows: int = 64
+    tile: int = 64
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+def choose_prefill_config(*, head_dim: int, group_size: int) -> PrefillConfig:
+    """The prefill configuration of one shape.
+
+    Args:
+        head_dim: width of a K row.
+        group_size: tokens per compensation group, a power of two.
+    """
+    return PrefillConfig(tile=max(64, group_size), num_warps=8 if head_dim > 128 else 4)
+
+
 def choose_num_splits(
     num_seqs: int, num_kv_heads: int, num_units: int, programs_per_unit: int
 ) -> int:

@@ -1,8 +1,7 @@
 """The GPU decode kernel: queries, a paged KV cache and thresholds in, outputs and counts out.
 
 Same semantics as the CPU kernel. Two launches, both fit for CUDA graphs: the grid depends on the
-    batch size alone, and
-everything that varies from step to step is read from device memory.
+batch size alone, and everything that varies from step to step is read from device memory.
 """
 
 from dataclasses import dataclass
@@ -11,20 +10,17 @@ import torch
 import triton
 from torch import Tensor
 
+from vllm_toptheta.kernels.triton_checks import (
+    MAX_HEADS_PER_KV_HEAD,
+    NO_WINDOW,
+    check_contiguous,
+    check_scales,
+    check_tensors,
+    check_tile,
+)
 from vllm_toptheta.kernels.triton_config import MAX_SPLITS, LaunchConfig
 from vllm_toptheta.kernels.triton_merge import _merge_kernel
 from vllm_toptheta.kernels.triton_split import _split_kernel
-
-GROUP_SIZES = (16, 32, 64, 128)
-MAX_HEADS_PER_KV_HEAD = 16
-MIN_HEAD_DIM, MAX_HEAD_DIM = 64, 256
-_NO_WINDOW = 2**31 - 1
-_QUERY_DTYPES = (torch.bfloat16, torch.float16)
-_FP8_DTYPES = tuple(
-    getattr(torch, name)
-    for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
-    if hasattr(torch, name)
-)
 
 
 @dataclass(frozen=True)
@@ -140,32 +136,27 @@ def decode_attention(
     num_seqs, num_heads, head_dim = query.shape
     num_kv_heads, block_size = key_cache.shape[1:3]
     group_size = config.tile if v_means is None else block_size // max(v_means.shape[2], 1)
-    _check_shapes(query, key_cache, value_cache, v_means, block_table, out)
-    _check_launch(config, group_size, num_splits, num_seqs, scratch, v_means is not None)
-    for name, tensor, shape, dtype in (
-        ("seq_lens", seq_lens, (num_seqs,), torch.int32),
-        ("dense", dense, (num_seqs,), torch.int8),
-        ("num_kept", num_kept, (num_seqs, num_heads), torch.int32),
-        ("v_rows_read", v_rows_read, (num_seqs, num_kv_heads), torch.int32),
-        ("sinks", sinks, (num_heads,), torch.float32),
-        ("lse", lse, (num_seqs, num_heads), torch.float32),
-    ):
-        if tensor is not None and (
-            tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous()
-        ):
-            raise ValueError(
-                f"{name} must be contiguous {list(shape)} {dtype}, got {list(tensor.shape)} "
-                f"{tensor.dtype}"
-            )
-    if (k_scale is None) != (v_scale is None):
-        raise ValueError("give k_scale and v_scale together")
+    check_tensors(query, key_cache, value_cache, v_means, block_table, num_seqs, out)
+    check_tile(config.tile, group_size)
+    _check_splits(num_splits, num_seqs, scratch)
+    check_contiguous(
+        (
+            ("seq_lens", seq_lens, (num_seqs,), torch.int32),
+            ("dense", dense, (num_seqs,), torch.int8),
+            ("num_kept", num_kept, (num_seqs, num_heads), torch.int32),
+            ("v_rows_read", v_rows_read, (num_seqs, num_kv_heads), torch.int32),
+            ("sinks", sinks, (num_heads,), torch.float32),
+            ("lse", lse, (num_seqs, num_heads), torch.float32),
+        )
+    )
+    check_scales(k_scale, v_scale)
     if num_seqs == 0:
         return
 
     mean_strides = (0, 0, 0) if v_means is None else v_means.stride()[:3]
     heads = num_heads // num_kv_heads
     dim_padded = triton.next_power_of_2(head_dim)
-    span = _NO_WINDOW if window is None else window
+    span = NO_WINDOW if window is None else window
     _split_kernel[(num_kv_heads, num_splits, num_seqs)](
         query,
         key_cache,
@@ -245,84 +236,7 @@ def decode_attention(
     )
 
 
-def check_supported(head_dim: int, num_heads: int, num_kv_heads: int, block_size: int) -> None:
-    """Raise ValueError, naming what is wrong, unless the kernel can run these shapes."""
-    if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM or head_dim % 16:
-        raise ValueError(
-            f"head_dim must be a multiple of 16 from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got "
-            f"{head_dim}"
-        )
-    if num_heads % num_kv_heads or num_heads // num_kv_heads > MAX_HEADS_PER_KV_HEAD:
-        raise ValueError(
-            f"num_heads must be 1 to {MAX_HEADS_PER_KV_HEAD} times num_kv_heads, got "
-            f"{num_heads} and {num_kv_heads}"
-        )
-    if block_size % 16:
-        raise ValueError(f"block_size must be a multiple of 16, got {block_size}")
-
-
-def _check_shapes(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    v_means: Tensor | None,
-    block_table: Tensor,
-    out: Tensor,
-) -> None:
-    num_seqs, num_heads, head_dim = query.shape
-    num_blocks, num_kv_heads, block_size, _ = key_cache.shape
-    check_supported(head_dim, num_heads, num_kv_heads, block_size)
-    if query.dtype not in _QUERY_DTYPES:
-        raise ValueError(f"query must be one of {_QUERY_DTYPES}, got {query.dtype}")
-    if key_cache.dtype not in (query.dtype, *_FP8_DTYPES):
-        raise ValueError(
-            f"the cache must be {query.dtype} like the query, or float8, got {key_cache.dtype}"
-        )
-    shape = (num_blocks, num_kv_heads, block_size, head_dim)
-    for name, tensor in (("key_cache", key_cache), ("value_cache", value_cache)):
-        if tensor.shape != shape or tensor.stride(3) != 1 or tensor.dtype != key_cache.dtype:
-            raise ValueError(
-                f"{name} must be {list(shape)} with a contiguous last dimension, got "
-                f"{list(tensor.shape)}"
-            )
-    if key_cache.stride() != value_cache.stride():
-        raise ValueError("key_cache and value_cache must have the same strides")
-    if v_means is not None:
-        groups = v_means.shape[2]
-        fits = v_means.shape == (num_blocks, num_kv_heads, groups, head_dim)
-        if not fits or v_means.stride(3) != 1 or v_means.dtype != query.dtype:
-            raise ValueError(
-                f"v_means must be [{num_blocks}, {num_kv_heads}, block_size // group_size, "
-                f"{head_dim}] {query.dtype}, "
-                f"got {list(v_means.shape)} {v_means.dtype}"
-            )
-        if groups * (block_size // max(groups, 1)) != block_size:
-            raise ValueError(f"{groups} groups do not divide a block of {block_size} tokens")
-    if block_table.dtype != torch.int32 or block_table.shape[0] != num_seqs:
-        raise ValueError(f"block_table must be [{num_seqs}, max_blocks] int32")
-    for name, row in (("query", query), ("out", out)):
-        if row.shape != query.shape or row.stride()[1:] != (head_dim, 1):
-            raise ValueError(
-                f"{name} must be {list(query.shape)}, contiguous but for the first stride, "
-                f"got {list(row.shape)} with strides {row.stride()}"
-            )
-
-
-def _check_launch(
-    config: LaunchConfig,
-    group_size: int,
-    num_splits: int,
-    num_seqs: int,
-    scratch: DecodeScratch,
-    compensation: bool,
-) -> None:
-    if compensation and group_size not in GROUP_SIZES:
-        raise ValueError(f"group_size must be one of {GROUP_SIZES}, got {group_size}")
-    if config.tile % group_size or config.tile // group_size > 16:
-        raise ValueError(
-            f"a tile of {config.tile} keys must hold 1 to 16 groups of {group_size}: choose "
-            "another tile"
-        )
+def _check_splits(num_splits: int, num_seqs: int, scratch: DecodeScratch) -> None:
     if not 1 <= num_splits <= MAX_SPLITS:
         raise ValueError(f"num_splits must be 1 to {MAX_SPLITS}, got {num_splits}")
     if num_seqs * num_splits > scratch.num_parts:

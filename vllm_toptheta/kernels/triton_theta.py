@@ -37,11 +37,11 @@ def _lookup_theta_kernel(
     seq_lens_ptr,
     row_k_ptr,
     row_level_ptr,
-    row_min_len_ptr,
     row_dense_ptr,
     out_ptr,
     dense_ptr,
     num_seqs,
+    min_len,
     out_layer_stride,
     dense_layer_stride,
     NUM_LEVELS: tl.constexpr,
@@ -64,10 +64,9 @@ def _lookup_theta_kernel(
     k = tl.where(own_k > 0, own_k, k)
     level = tl.where(own_k > 0, own_level, level)
 
-    limit = tl.load(row_min_len_ptr + seq, mask=is_seq, other=0).to(tl.float32)
     row_dense = tl.load(row_dense_ptr + seq, mask=is_seq, other=0) != 0
     layer_dense = tl.load(layer_dense_ptr + layer) != 0
-    short = length.to(tl.float32) <= tl.maximum(limit, k)
+    short = length.to(tl.float32) <= tl.maximum(k, min_len)
     reason = tl.where(short, _SHORT, _NONE)
     reason = tl.where(k >= window.to(tl.float32), _WINDOW, reason)
     reason = tl.where(layer_dense, _LAYER, reason)
@@ -131,8 +130,8 @@ def lookup_theta(
     seq_lens: Tensor,
     row_k: Tensor,
     row_level: Tensor,
-    row_min_len: Tensor,
     row_dense: Tensor,
+    min_len: int,
     out: Tensor,
     dense: Tensor,
 ) -> None:
@@ -155,9 +154,8 @@ def lookup_theta(
         row_k: [at least num_seqs] float32, mean keys a row keeps.
         row_level: [at least num_seqs] float32, position of row_k among the levels: index of the
             lower one plus the weight of the upper one.
-        row_min_len: [at least num_seqs] int32, rows that see at most this many keys, or k, run
-            dense.
-        row_dense: [at least num_seqs] int8, rows that run dense.
+        row_dense: [at least num_seqs] float32, rows that run dense where not 0.
+        min_len: rows that see at most this many keys, or k, run dense.
         out: [num_layers, max_seqs, num_heads] float32, the first num_seqs rows are written; the
             first stride is free.
         dense: [num_layers, max_seqs] int8, written likewise with DENSE_* codes.
@@ -176,8 +174,7 @@ def lookup_theta(
         ("seq_lens", seq_lens, torch.int32, num_seqs),
         ("row_k", row_k, torch.float32, num_seqs),
         ("row_level", row_level, torch.float32, num_seqs),
-        ("row_min_len", row_min_len, torch.int32, num_seqs),
-        ("row_dense", row_dense, torch.int8, num_seqs),
+        ("row_dense", row_dense, torch.float32, num_seqs),
         ("out", out[0, :, 0], torch.float32, num_seqs),
         ("dense", dense[0], torch.int8, num_seqs),
     ):
@@ -205,11 +202,11 @@ def lookup_theta(
         seq_lens,
         row_k,
         row_level,
-        row_min_len,
         row_dense,
         out,
         dense,
         num_seqs,
+        min_len,
         out.stride(0),
         dense.stride(0),
         NUM_LEVELS=num_levels,

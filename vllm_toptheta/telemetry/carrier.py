@@ -8,6 +8,7 @@ counts and one error is logged. Pipeline stages add their counts to the tensors 
 """
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -67,19 +68,16 @@ def install_on_runner(runner_class: Any, *, count: bool) -> None:
 
     @functools.wraps(sample)
     def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
-        record = None
+        counts = None
         if count and STEP_LOG.runner is not None:
             with shielded("worker"):
                 # Sampling may drop rows from the batch, so the order of the step is read before.
-                record = _record(_batch_request_ids(self), received)
+                counts = _begin(_batch_request_ids(self), received)
         STEP_LOG.end()
         output = sample(self, *args, **kwargs)
         if count:
             with shielded("worker"):
-                if record is None and (failures := take_failures("worker")):
-                    record = StepRecord([], [], [], {}, failures)
-                if record is not None:
-                    _attach(output, record)
+                _attach(output, counts)
         return output
 
     runner_class.execute_model, runner_class.sample_tokens = execute_model, sample_tokens
@@ -106,9 +104,47 @@ def _batch_request_ids(runner: Any) -> list[str]:
     return list((runner.input_batch if batch is None else batch).req_ids)
 
 
+@dataclass
+class _Counts:
+    """The counts of a step on their way from the device.
+
+    Attributes:
+        request_ids: the rows of the batch, without padding.
+        step: one of the attention steps that were added up.
+        totals: `totals()` of all of them, on the host.
+        copied: happens when `totals` is there; None where it is already.
+    """
+
+    request_ids: list[str]
+    step: Any
+    totals: torch.Tensor
+    copied: "torch.cuda.Event | None"
+
+    def record(self) -> StepRecord:
+        """Wait for the counts, and sort them."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        num_requests, num_layers = self.step.num_reqs, self.step.num_layers
+        lines = split(self.totals.tolist(), self.totals.numel() // len(FIELDS))
+        first_detail = num_requests + num_layers
+        starts = range(first_detail, len(lines), num_layers)
+        detail = {
+            self.request_ids[row]: lines[start : start + num_layers]
+            for row, start in zip(self.step.detail, starts, strict=True)
+        }
+        # Padding rows belong to no request.
+        return StepRecord(
+            self.request_ids,
+            lines[:num_requests][: len(self.request_ids)],
+            lines[num_requests:first_detail],
+            detail,
+            take_failures("worker"),
+        )
+
+
 def _totals(steps: list[Any], received: dict[str, torch.Tensor]) -> torch.Tensor | None:
     parts = [step.totals() for step in steps]
-    parts += [tensor.cpu() for tensor in received.values()]
+    parts += [tensor.to(parts[0].device) for tensor in received.values()]
     return sum(parts[1:], start=parts[0]) if parts else None
 
 
@@ -119,45 +155,46 @@ def _hand_on(tensors: dict[str, torch.Tensor], received: dict[str, torch.Tensor]
         tensors[KEY] = totals.to(device)
 
 
-def _record(request_ids: list[str], received: dict[str, torch.Tensor]) -> StepRecord | None:
+def _begin(request_ids: list[str], received: dict[str, torch.Tensor]) -> _Counts | None:
+    """Add up the counts of a step and start their copy to the host, without waiting for it."""
     steps = STEP_LOG.end()
     totals = _totals(steps, received)
     if totals is None:
         return None
-    step = steps[-1]
-    num_requests, num_layers, asked = step.num_reqs, step.num_layers, step.detail
-    lines = split(totals.tolist(), totals.numel() // len(FIELDS))
-    first_detail = num_requests + num_layers
-    detail = {
-        request_ids[row]: lines[start : start + num_layers]
-        for row, start in zip(asked, range(first_detail, len(lines), num_layers), strict=True)
-    }
-    # Padding rows belong to no request.
-    return StepRecord(
-        request_ids,
-        lines[:num_requests][: len(request_ids)],
-        lines[num_requests:first_detail],
-        detail,
-        take_failures("worker"),
-    )
+    if totals.device.type == "cpu":
+        return _Counts(request_ids, steps[-1], totals, None)
+    host = torch.empty(totals.shape, dtype=totals.dtype, pin_memory=True)
+    host.copy_(totals, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+    return _Counts(request_ids, steps[-1], host, copied)
 
 
-def _attach(output: Any, record: StepRecord) -> None:
+def _attach(output: Any, counts: _Counts | None) -> None:
     """Put the record on the step's output, or on what an asynchronous output will hand out."""
     if not hasattr(output, "get_output"):
-        # Empty outputs may be one shared object.
-        if getattr(output, "req_ids", None):
-            setattr(output, KEY, record)
+        _put(output, counts)
         return
     get_output = output.get_output
 
     @functools.wraps(get_output)
     def with_record() -> Any:
         result = get_output()
-        setattr(result, KEY, record)
+        with shielded("worker"):
+            _put(result, counts)
         return result
 
     output.get_output = with_record
+
+
+def _put(output: Any, counts: _Counts | None) -> None:
+    # Empty outputs may be one shared object.
+    if not getattr(output, "req_ids", None):
+        return
+    if counts is not None:
+        setattr(output, KEY, counts.record())
+    elif failures := take_failures("worker"):
+        setattr(output, KEY, StepRecord([], [], [], {}, failures))
 
 
 def install_on_scheduler() -> None:

@@ -51,7 +51,8 @@ class StepLog:
         Args:
             step: has `totals()`, a flat int64 tensor of `num_reqs` + `num_layers` + `num_layers` *
                 len(`detail`) rows of FIELDS (requests, layers, and the layers of each request in
-                `detail`), summed over tensor-parallel ranks.
+                `detail`), summed over tensor-parallel ranks. It is on the step's device, which
+                nothing has to wait for.
         """
         if self.runner is not None:
             self._steps.append(step)

@@ -1,0 +1,154 @@
+"""Prompts for the GPU scripts: the prefill kernel on a paged cache, and what float64 says about
+some of its rows; needs torch and triton only.
+"""
+
+import math
+
+import torch
+from gpu_lib import Batch, Shape
+from torch import Tensor
+
+from vllm_toptheta.kernels.cpu_prefill import V_TILE
+from vllm_toptheta.kernels.reference import (
+    attention_scores,
+    attention_weights,
+    select_by_theta,
+    weighted_values,
+)
+from vllm_toptheta.kernels.triton_config import choose_prefill_config
+from vllm_toptheta.kernels.triton_prefill import prefill_attention
+
+CHECKED_ROWS = 24  # of a prompt, spread evenly: float64 attention of all rows would not fit
+
+
+class PromptBatch(Batch):
+    """The last tokens of every row of a batch as queries.
+
+    Attributes:
+        query_lens: query tokens of each row.
+        row_lens: [num_tokens], keys that each of them sees, windows left aside.
+    """
+
+    def __init__(
+        self, shape: Shape, query_lens: tuple[int, ...], device: torch.device, seed: int = 0
+    ):
+        super().__init__(shape, device, seed)
+        self.query_lens = query_lens
+        self.starts = [sum(query_lens[:seq]) for seq in range(len(query_lens) + 1)]
+        tokens = self.starts[-1]
+        generator = torch.Generator(device=device).manual_seed(seed + 1)
+        query = torch.empty(tokens, shape.num_heads, shape.head_dim, device=device)
+        self.query = query.normal_(generator=generator).to(shape.dtype)
+        self.query_start_loc = torch.tensor(self.starts, dtype=torch.int32, device=device)
+        spans = zip(shape.lens, query_lens, strict=True)
+        self.row_lens = torch.cat([torch.arange(n - q, n) + 1 for n, q in spans]).to(device)
+        self.dense = torch.full((tokens,), int(shape.dense), dtype=torch.int8, device=device)
+        self.theta = self.gaussian_theta()
+        self.prompt_config = choose_prefill_config(
+            head_dim=shape.head_dim, group_size=shape.group_size
+        )
+        self.out = torch.empty_like(self.query)
+        self.num_kept = self._counts(shape.num_heads)
+        self.v_tiles_read = self._counts(shape.num_kv_heads)
+
+    def _counts(self, columns: int) -> Tensor:
+        return torch.empty(self.starts[-1], columns, dtype=torch.int32, device=self.device)
+
+    def attend(self, *, dense: Tensor | None = None, chunk: int | None = None) -> None:
+        """Compute the prompts, whole or some tokens of every row at a time; results lie in out,
+        num_kept and v_tiles_read.
+        """
+        if chunk is None:
+            self._attend(slice(None), self.query_start_loc, self.seq_lens, dense)
+            return
+        for seq, (length, query_len) in enumerate(
+            zip(self.shape.lens, self.query_lens, strict=True)
+        ):
+            for first in range(0, query_len, chunk):
+                size = min(chunk, query_len - first)
+                lens = torch.zeros_like(self.seq_lens)
+                lens[seq] = length - query_len + first + size
+                starts = torch.zeros_like(self.query_start_loc)
+                starts[seq + 1 :] = size
+                rows = slice(self.starts[seq] + first, self.starts[seq] + first + size)
+                self._attend(rows, starts, lens, dense)
+
+    def _attend(self, rows: slice, starts: Tensor, lens: Tensor, dense: Tensor | None) -> None:
+        quantised = self.shape.cache_dtype is not None
+        prefill_attention(
+            self.query[rows],
+            self.key_cache,
+            self.value_cache,
+            self.v_means,
+            self.block_table,
+            starts,
+            lens,
+            self.theta[rows],
+            sm_scale=self.sm_scale,
+            dense=(self.dense if dense is None else dense)[rows],
+            out=self.out[rows],
+            num_kept=self.num_kept[rows],
+            v_tiles_read=self.v_tiles_read[rows],
+            config=self.prompt_config,
+            window=self.shape.window,
+            soft_cap=self.shape.soft_cap,
+            sinks=self.sinks,
+            k_scale=self.k_scale if quantised else None,
+            v_scale=self.v_scale if quantised else None,
+        )
+
+    def checked_rows(self, seq: int) -> Tensor:
+        """Rows of a prompt that are compared with float64, the first and the last among them."""
+        count = min(self.query_lens[seq], CHECKED_ROWS)
+        return torch.linspace(
+            self.starts[seq], self.starts[seq + 1] - 1, count, device=self.device
+        ).long()
+
+    def row_scores(self, seq: int, rows: Tensor) -> Tensor:
+        """[num_heads, len(rows), length] float64."""
+        return attention_scores(
+            self.query[rows].double(),
+            self.row(self.key_cache, seq).double() * self.scales[0],
+            self.row_lens[rows],
+            sm_scale=self.sm_scale,
+            window=self.shape.window,
+            soft_cap=self.shape.soft_cap,
+        )
+
+    def place_theta_in_gaps(self) -> None:
+        """Move the thresholds of the checked rows into the widest gap of scores near rank k."""
+        for seq in range(len(self.query_lens)):
+            rows = self.checked_rows(seq)
+            ordered = self.row_scores(seq, rows).sort(dim=-1, descending=True).values
+            for at, row in enumerate(rows.tolist()):
+                ranked = ordered[:, at]
+                visible = int((ranked[0] > -math.inf).sum())
+                first = min(self.shape.k, visible - 1)
+                if first == 0:
+                    self.theta[row] = -1e30
+                    continue
+                last = min(first + 64, visible - 1)
+                gaps = ranked[:, first - 1 : last] - ranked[:, first : last + 1]
+                widest = gaps.argmax(-1, keepdim=True) + first - 1
+                middle = (ranked.gather(-1, widest) + ranked.gather(-1, widest + 1)) / 2
+                self.theta[row] = middle[:, 0].float()
+                if self.shape.best_only:
+                    self.theta[row, ::2] = ranked[::2, 0].float() + 1
+
+    def expected_rows(self, seq: int, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Output (float64), num_kept and v_tiles_read of the specification."""
+        scores, theta = self.row_scores(seq, rows), self.theta[rows].double().T
+        if self.shape.dense:
+            theta = torch.full_like(theta, -math.inf)
+        kept = select_by_theta(scores, theta)
+        weights = attention_weights(
+            scores,
+            kept,
+            group_size=self.shape.group_size if self.shape.compensation else None,
+            sinks=None if self.sinks is None else self.sinks.double(),
+        )
+        value = self.row(self.value_cache, seq).double() * self.scales[1]
+        read = kept.unflatten(0, (self.shape.num_kv_heads, -1)).any(1)
+        read = torch.nn.functional.pad(read, (0, -read.shape[-1] % V_TILE))
+        tiles = read.unflatten(-1, (-1, V_TILE)).any(-1).sum(-1).T
+        return weighted_values(weights, value), kept.sum(-1).T, tiles

@@ -1,0 +1,130 @@
+"""What the GPU attention kernels ask of their arguments: tensors in, perhaps a ValueError out."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+GROUP_SIZES = (16, 32, 64, 128)
+MAX_HEADS_PER_KV_HEAD = 16
+MIN_HEAD_DIM, MAX_HEAD_DIM = 64, 256
+NO_WINDOW = 2**31 - 1
+"""What kernels take for a window of all keys."""
+
+_QUERY_DTYPES = (torch.bfloat16, torch.float16)
+_FP8_DTYPES = tuple(
+    getattr(torch, name)
+    for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+    if hasattr(torch, name)
+)
+
+
+def check_supported(head_dim: int, num_heads: int, num_kv_heads: int, block_size: int) -> None:
+    """Raise ValueError, naming what is wrong, unless the kernels can run these shapes."""
+    if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM or head_dim % 16:
+        raise ValueError(
+            f"head_dim must be a multiple of 16 from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got "
+            f"{head_dim}"
+        )
+    if num_heads % num_kv_heads or num_heads // num_kv_heads > MAX_HEADS_PER_KV_HEAD:
+        raise ValueError(
+            f"num_heads must be 1 to {MAX_HEADS_PER_KV_HEAD} times num_kv_heads, got "
+            f"{num_heads} and {num_kv_heads}"
+        )
+    if block_size % 16:
+        raise ValueError(f"block_size must be a multiple of 16, got {block_size}")
+
+
+def check_tensors(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    v_means: Tensor | None,
+    block_table: Tensor,
+    num_seqs: int,
+    out: Tensor,
+) -> None:
+    """Raise ValueError unless queries, cache, means and output fit together.
+
+    Args:
+        query: [num_rows, num_heads, head_dim].
+        key_cache, value_cache: [num_blocks, num_kv_heads, block_size, head_dim].
+        v_means: [num_blocks, num_kv_heads, block_size // group_size, head_dim] or None.
+        block_table: [num_seqs, max_blocks].
+        num_seqs: sequences of the batch.
+        out: as query.
+    """
+    _, num_heads, head_dim = query.shape
+    num_blocks, num_kv_heads, block_size, _ = key_cache.shape
+    check_supported(head_dim, num_heads, num_kv_heads, block_size)
+    if query.dtype not in _QUERY_DTYPES:
+        raise ValueError(f"query must be one of {_QUERY_DTYPES}, got {query.dtype}")
+    if key_cache.dtype not in (query.dtype, *_FP8_DTYPES):
+        raise ValueError(
+            f"the cache must be {query.dtype} like the query, or float8, got {key_cache.dtype}"
+        )
+    shape = (num_blocks, num_kv_heads, block_size, head_dim)
+    for name, tensor in (("key_cache", key_cache), ("value_cache", value_cache)):
+        if tensor.shape != shape or tensor.stride(3) != 1 or tensor.dtype != key_cache.dtype:
+            raise ValueError(
+                f"{name} must be {list(shape)} with a contiguous last dimension, got "
+                f"{list(tensor.shape)}"
+            )
+    if key_cache.stride() != value_cache.stride():
+        raise ValueError("key_cache and value_cache must have the same strides")
+    if v_means is not None:
+        _check_means(v_means, key_cache, query.dtype)
+    if block_table.dtype != torch.int32 or block_table.shape[0] != num_seqs:
+        raise ValueError(
+            f"block_table must be [{num_seqs}, max_blocks] int32, got {list(block_table.shape)} "
+            f"{block_table.dtype}"
+        )
+    for name, row in (("query", query), ("out", out)):
+        if row.shape != query.shape or row.stride()[1:] != (head_dim, 1):
+            raise ValueError(
+                f"{name} must be {list(query.shape)}, contiguous but for the first stride, "
+                f"got {list(row.shape)} with strides {row.stride()}"
+            )
+
+
+def _check_means(v_means: Tensor, key_cache: Tensor, dtype: torch.dtype) -> None:
+    num_blocks, num_kv_heads, block_size, head_dim = key_cache.shape
+    groups = v_means.shape[2]
+    fits = v_means.shape == (num_blocks, num_kv_heads, groups, head_dim)
+    if not fits or v_means.stride(3) != 1 or v_means.dtype != dtype:
+        raise ValueError(
+            f"v_means must be [{num_blocks}, {num_kv_heads}, block_size // group_size, "
+            f"{head_dim}] {dtype}, got {list(v_means.shape)} {v_means.dtype}"
+        )
+    if groups * (block_size // max(groups, 1)) != block_size:
+        raise ValueError(f"{groups} groups do not divide a block of {block_size} tokens")
+    if block_size // groups not in GROUP_SIZES:
+        raise ValueError(f"group_size must be one of {GROUP_SIZES}, got {block_size // groups}")
+
+
+def check_contiguous(
+    wanted: Iterable[tuple[str, Tensor | None, tuple[int, ...], torch.dtype]],
+) -> None:
+    """Raise ValueError unless each tensor that is given is contiguous, of its shape and dtype."""
+    for name, tensor, shape, dtype in wanted:
+        if tensor is not None and (
+            tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous()
+        ):
+            raise ValueError(
+                f"{name} must be contiguous {list(shape)} {dtype}, got {list(tensor.shape)} "
+                f"{tensor.dtype}"
+            )
+
+
+def check_scales(k_scale: Tensor | None, v_scale: Tensor | None) -> None:
+    """Raise ValueError unless both scales are given, or neither."""
+    if (k_scale is None) != (v_scale is None):
+        raise ValueError("give k_scale and v_scale together")
+
+
+def check_tile(tile: int, group_size: int) -> None:
+    """Raise ValueError unless a tile of keys holds whole compensation groups, few enough."""
+    if tile % group_size or tile // group_size > 16:
+        raise ValueError(
+            f"a tile of {tile} keys must hold 1 to 16 groups of {group_size}: choose another tile"
+        )
