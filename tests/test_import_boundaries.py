@@ -55,6 +55,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "telemetry.carrier": ({"torch", "vllm"}, {"telemetry"}),
     "telemetry.delivery": ({"vllm"}, {"telemetry", "request_options"}),
     "telemetry.prometheus": ({"prometheus_client"}, {"telemetry"}),
+    "telemetry.ledger": ({"numpy"}, {"telemetry"}),
     "backend.gpu": (
         {"torch", "vllm"},
         {"backend", "config", "kernels.triton_", "model_identity", "telemetry", "thresholds"},

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -294,7 +295,7 @@ def test_scheduler_outputs_keep_a_connectors_own_parameters(
     scheduler.update_from_output(None, SimpleNamespace())
     assert output.kv_transfer_params == {"remote": 1}
     counts = [[3] + [0] * (WIDTH - 1), [4] + [0] * (WIDTH - 1)]
-    record = carrier.StepRecord(["a", "gone"], counts, [counts[0]], {})
+    record = carrier.StepRecord(["a", "gone"], counts, np.array(counts[:1]), {})
     outputs = scheduler.update_from_output(None, SimpleNamespace(toptheta=record))
     assert output.kv_transfer_params["remote"] == 1
     assert output.kv_transfer_params["toptheta"]["new"][0] == 3

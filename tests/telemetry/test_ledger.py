@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 
 from vllm_toptheta.telemetry import ledger as ledger_module
@@ -15,7 +16,7 @@ def row(rows: int) -> list[int]:
 
 def record(**rows: int) -> StepRecord:
     counts = [row(value) for value in rows.values()]
-    return StepRecord(list(rows), counts, [row(sum(rows.values()))], {})
+    return StepRecord(list(rows), counts, np.array([row(sum(rows.values()))]), {})
 
 
 def client_of(request_id: str) -> int:
@@ -69,7 +70,7 @@ def test_layers_are_told_once_a_second_and_when_the_engine_is_empty(
 
 def test_failures_are_told_at_once_and_once() -> None:
     ledger = Ledger(engine=0)
-    ledger.add(StepRecord([], [], [], {}, failures=2), client_of)
+    ledger.add(StepRecord([], [], None, {}, failures=2), client_of)
     ledger.note_failures(1)
     (letter,) = ledger.close(lambda name: True)
     assert letter.request_id == ENGINE_LETTER
@@ -81,7 +82,8 @@ def test_layers_of_requests_that_asked_are_cumulative() -> None:
     ledger = Ledger(engine=0)
     for _ in range(2):
         ledger.add(
-            StepRecord(["a"], [row(3)], [row(1), row(2)], {"a": [row(1), row(2)]}), client_of
+            StepRecord(["a"], [row(3)], np.array([row(1), row(2)]), {"a": [row(1), row(2)]}),
+            client_of,
         )
     content = ledger.tell("a")
     assert content is not None

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from vllm_toptheta.telemetry.counters import FIELDS, split
+from vllm_toptheta.telemetry.counters import FIELDS
 from vllm_toptheta.telemetry.ledger import Ledger, Letter, StepRecord
 from vllm_toptheta.telemetry.shield import shielded, take_failures
 from vllm_toptheta.telemetry.step_log import STEP_LOG
@@ -125,17 +125,17 @@ class _Counts:
         if self.copied is not None:
             self.copied.synchronize()
         num_requests, num_layers = self.step.num_reqs, self.step.num_layers
-        lines = split(self.totals.tolist(), self.totals.numel() // len(FIELDS))
+        lines = self.totals.view(-1, len(FIELDS)).numpy()
         first_detail = num_requests + num_layers
         starts = range(first_detail, len(lines), num_layers)
         detail = {
-            self.request_ids[row]: lines[start : start + num_layers]
+            self.request_ids[row]: lines[start : start + num_layers].tolist()
             for row, start in zip(self.step.detail, starts, strict=True)
         }
         # Padding rows belong to no request.
         return StepRecord(
             self.request_ids,
-            lines[:num_requests][: len(self.request_ids)],
+            lines[:num_requests][: len(self.request_ids)].tolist(),
             lines[num_requests:first_detail],
             detail,
             take_failures("worker"),
@@ -194,7 +194,7 @@ def _put(output: Any, counts: _Counts | None) -> None:
     if counts is not None:
         setattr(output, KEY, counts.record())
     elif failures := take_failures("worker"):
-        setattr(output, KEY, StepRecord([], [], [], {}, failures))
+        setattr(output, KEY, StepRecord([], [], None, {}, failures))
 
 
 def install_on_scheduler() -> None:

@@ -57,12 +57,6 @@ def add(into: Counts, more: Sequence[int]) -> None:
     into[:] = map(operator.add, into, more)
 
 
-def split(flat: Sequence[int], num_rows: int) -> list[Counts]:
-    """Cut a flat list into rows of FIELDS."""
-    width = len(FIELDS)
-    return [list(flat[row * width : (row + 1) * width]) for row in range(num_rows)]
-
-
 def summarise(k: float | None, counts: Sequence[int]) -> dict[str, Any]:
     """Turn counts into the object a response shows.
 

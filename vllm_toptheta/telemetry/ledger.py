@@ -10,6 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from vllm_toptheta.telemetry.counters import Counts, add, zeros
 
 ENGINE_LETTER = "toptheta-engine"
@@ -25,14 +28,16 @@ class StepRecord:
     Attributes:
         request_ids: requests of the batch.
         requests: counts of each.
-        layers: counts of each layer, all requests together.
+        layers: [num_layers, len(FIELDS)] counts of each layer, all requests together; None in a
+            record without counts. An array, because it is added up every step and told once a
+            second.
         detail: counts of each layer, of requests that asked for them.
         failures: telemetry failures in the worker since the last record.
     """
 
     request_ids: list[str]
     requests: list[Counts]
-    layers: list[Counts]
+    layers: NDArray[np.int64] | None
     detail: dict[str, list[Counts]]
     failures: int = 0
 
@@ -63,7 +68,7 @@ class Ledger:
     def __init__(self, engine: int) -> None:
         self._engine = engine
         self._accounts: dict[str, _Account] = {}
-        self._layers: list[Counts] = []
+        self._layers: NDArray[np.int64] | None = None
         self._failures = {"worker": 0, "engine": 0}
         self._layers_told = 0.0
 
@@ -84,9 +89,8 @@ class Ledger:
                 account.layers = account.layers or [zeros() for _ in detail]
                 for into, more in zip(account.layers, detail, strict=True):
                     add(into, more)
-        self._layers = self._layers or [zeros() for _ in record.layers]
-        for into, more in zip(self._layers, record.layers, strict=True):
-            add(into, more)
+        if record.layers is not None:
+            self._layers = record.layers + (0 if self._layers is None else self._layers)
         self._failures["worker"] += record.failures
 
     def note_failures(self, count: int) -> None:
@@ -128,11 +132,12 @@ class Ledger:
         """Counts per layer, once a second and when the engine runs empty; failures at once."""
         now = time.monotonic()
         due = not self._accounts or now - self._layers_told >= _LAYERS_EVERY_S
-        layers = self._layers if due and self._layers else None
+        layers = self._layers if due else None
         failures = {place: count for place, count in self._failures.items() if count}
         if layers is None and not failures:
             return None
         if layers is not None:
-            self._layers, self._layers_told = [], now
+            self._layers, self._layers_told = None, now
         self._failures = dict.fromkeys(self._failures, 0)
-        return {"engine": self._engine, "new_layers": layers or [], "failures": failures}
+        new_layers = [] if layers is None else layers.tolist()
+        return {"engine": self._engine, "new_layers": new_layers, "failures": failures}
