@@ -45,7 +45,9 @@ class PromptBatch(Batch):
         self.dense = torch.full((tokens,), int(shape.dense), dtype=torch.int8, device=device)
         self.theta = self.gaussian_theta()
         self.prompt_config = choose_prefill_config(
-            head_dim=shape.head_dim, group_size=shape.group_size
+            head_dim=shape.head_dim,
+            group_size=shape.group_size,
+            warp_size=64 if torch.version.hip else 32,
         )
         self.out = torch.empty_like(self.query)
         self.num_kept = self._counts(shape.num_heads)

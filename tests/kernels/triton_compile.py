@@ -201,7 +201,7 @@ def attention_calls(shape: Shape, amd: bool) -> Iterator[Call]:
             seq_lens,
             theta,
             v_tiles_read=read,
-            config=choose_prefill_config(**sizes),
+            config=choose_prefill_config(**sizes, warp_size=64 if amd else 32),
             **common,
         )
     yield from sources(recorders)

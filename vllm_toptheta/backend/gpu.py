@@ -352,7 +352,9 @@ class TopThetaGPUImpl(TritonAttentionImpl):
         config = TopThetaConfig.from_additional_config(get_current_vllm_config().additional_config)
         self.group_size, self.compensation = config.group_size, config.compensation
         self.prefill_config = choose_prefill_config(
-            head_dim=head_size, group_size=config.group_size
+            head_dim=head_size,
+            group_size=config.group_size,
+            warp_size=64 if current_platform.is_rocm() else 32,
         )
         TopThetaGPUBackend.group_size = config.group_size
 

@@ -91,18 +91,24 @@ class PrefillConfig:
 
     rows: int = 64
     tile: int = 64
-    num_warps: int = 4
+    num_warps: int = 8
     num_stages: int = 2
 
 
-def choose_prefill_config(*, head_dim: int, group_size: int) -> PrefillConfig:
+def choose_prefill_config(*, head_dim: int, group_size: int, warp_size: int = 32) -> PrefillConfig:
     """The prefill configuration of one shape.
 
     Args:
         head_dim: width of a K row.
         group_size: tokens per compensation group, a power of two.
+        warp_size: threads of a warp, 64 on AMD.
     """
-    return PrefillConfig(tile=max(64, group_size), num_warps=8 if head_dim > 128 else 4)
+    # What 256 threads hold without spilling; scores and outputs of more rows, or half the threads,
+    # do not fit into registers.
+    tile = max(64, group_size)
+    padded = 1 << (head_dim - 1).bit_length()
+    rows = (64 * 64 * 128) // (tile * padded)
+    return PrefillConfig(rows=min(rows, 64), tile=tile, num_warps=256 // warp_size)
 
 
 def choose_num_splits(

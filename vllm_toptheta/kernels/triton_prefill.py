@@ -16,14 +16,20 @@ from torch import Tensor
 
 from vllm_toptheta.kernels.cpu_prefill import V_TILE
 from vllm_toptheta.kernels.triton_checks import (
-    NO_WINDOW,
     check_contiguous,
     check_scales,
     check_tensors,
     check_tile,
 )
 from vllm_toptheta.kernels.triton_config import PrefillConfig
-from vllm_toptheta.kernels.triton_split import LOG2E, _add_group_means, _load_rows, _tile_scores
+from vllm_toptheta.kernels.triton_split import (
+    GROUPS_PADDED,
+    LOG2E,
+    _add_group_means,
+    _load_rows,
+    _sum_groups,
+    _tile_scores,
+)
 
 _V_TILE = tl.constexpr(V_TILE)
 _KEEP_ALL = tl.constexpr(-3e38)  # above the -inf of hidden keys
@@ -62,12 +68,10 @@ def _add_scores(scores, max_score, sum_exp):
 @triton.jit
 def _spread_partial_groups(
     weights,
-    lost,
-    visible,
+    lost_mass,
     tile_start,
     begin,
     end,
-    ROWS: tl.constexpr,
     TILE: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
 ):
@@ -76,32 +80,40 @@ def _spread_partial_groups(
     Their mean over the visible keys is not stored anywhere.
 
     Args:
-        weights, lost: [ROWS, TILE].
-        visible: [ROWS, TILE].
-        begin, end: [ROWS], the keys a row sees.
+        weights: [rows, TILE].
+        lost_mass: [rows, GROUPS_PADDED].
+        begin, end: [rows], the keys a row sees.
 
     Returns:
         The weights with the spread added; the lost mass of the other groups.
     """
-    NUM_GROUPS: tl.constexpr = TILE // GROUP_SIZE
-    start = tile_start + tl.arange(0, NUM_GROUPS) * GROUP_SIZE
-    size = tl.minimum(start[None, :] + GROUP_SIZE, end[:, None])
-    size -= tl.maximum(start[None, :], begin[:, None])  # [ROWS, NUM_GROUPS]
-    mass = tl.sum(tl.reshape(lost, [ROWS, NUM_GROUPS, GROUP_SIZE]), 2)
-    share = tl.where(size < GROUP_SIZE, mass / tl.maximum(size, 1), 0.0)
-    share = tl.broadcast_to(share[:, :, None], [ROWS, NUM_GROUPS, GROUP_SIZE])
-    whole = tl.broadcast_to((size == GROUP_SIZE)[:, :, None], [ROWS, NUM_GROUPS, GROUP_SIZE])
-    weights += tl.where(visible, tl.reshape(share, [ROWS, TILE]), 0.0)
-    return weights, tl.where(tl.reshape(whole, [ROWS, TILE]), lost, 0.0)
+    lane = tl.arange(0, TILE)
+    column = tl.arange(0, GROUPS_PADDED)
+    visible = (tile_start + lane >= begin[:, None]) & (tile_start + lane < end[:, None])
+    for index in tl.static_range(TILE // GROUP_SIZE):
+        first = tile_start + index * GROUP_SIZE
+        size = tl.minimum(first + GROUP_SIZE, end) - tl.maximum(first, begin)
+        is_group = (column == index)[None, :]
+        mass = tl.sum(tl.where(is_group, lost_mass, 0.0), 1)
+        share = tl.where(size < GROUP_SIZE, mass / tl.maximum(size, 1), 0.0)
+        weights += tl.where(visible & (lane // GROUP_SIZE == index), share[:, None], 0.0)
+        lost_mass = tl.where(is_group & (size < GROUP_SIZE)[:, None], 0.0, lost_mass)
+    return weights, lost_mass
 
 
 @triton.jit
-def _swap_in_best_rows(
+def _add_weighted(
     acc,
-    lacking,
-    position,
+    weights,
+    lost_mass,
+    query,
+    tile_start,
     begin,
     end,
+    first_begin,
+    last_begin,
+    first_end,
+    last_end,
     value_ptr,
     means_ptr,
     block_table_ptr,
@@ -113,58 +125,57 @@ def _swap_in_best_rows(
     DIM_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
     COMPENSATION: tl.constexpr,
 ):
-    """Give rows that reached theta nowhere their best key's V, less the mean that stood for it.
-
-    The best key's exponential is 1.
+    """Add weighted V rows of a tile of keys, and lost mass times the mean V of its groups.
 
     Args:
         acc: [rows, DIM_PADDED].
-        lacking: [rows] bool.
-        position: [rows], of the best key.
-        begin, end: [rows], the keys a row sees.
+        weights: [rows, TILE], zero where hidden.
+        lost_mass: [rows, GROUPS_PADDED].
+        begin, end: [rows], the keys a row sees; first_* and last_* are those of the first and of
+            the last row.
     """
-    block = tl.load(block_table_ptr + position // BLOCK_SIZE, mask=lacking, other=0)
-    acc += _load_rows(
-        value_ptr,
-        block,
-        position % BLOCK_SIZE,
-        lacking,
-        value_block_stride,
-        value_slot_stride,
-        HEAD_DIM,
-        DIM_PADDED,
-    ).to(tl.float32)
+    position = tile_start + tl.arange(0, TILE)
     if COMPENSATION:
-        start = position // GROUP_SIZE * GROUP_SIZE
-        size = tl.minimum(start + GROUP_SIZE, end) - tl.maximum(start, begin)
-        partial = lacking & (size < GROUP_SIZE)
-        if tl.max(partial.to(tl.int32), 0) > 0:
-            for slot in range(0, GROUP_SIZE):
-                member = start + slot
-                # A group lies within one block.
-                row = _load_rows(
-                    value_ptr,
-                    block,
-                    member % BLOCK_SIZE,
-                    partial & (member >= begin) & (member < end),
-                    value_block_stride,
-                    value_slot_stride,
-                    HEAD_DIM,
-                    DIM_PADDED,
-                )
-                acc -= row.to(tl.float32) / tl.maximum(size, 1).to(tl.float32)[:, None]
-        acc -= _load_rows(
-            means_ptr,
+        if (tile_start < last_begin) | (tile_start + TILE > first_end):
+            weights, lost_mass = _spread_partial_groups(
+                weights, lost_mass, tile_start, begin, end, TILE, GROUP_SIZE
+            )
+        # Alone in its branch, the product gets the layout of that with V, and acc need not move.
+        if tl.max((lost_mass != 0.0).to(tl.int32)) > 0:
+            acc = _add_group_means(
+                acc,
+                lost_mass,
+                query,
+                means_ptr,
+                block_table_ptr,
+                tile_start,
+                first_begin,
+                last_end,
+                means_block_stride,
+                means_group_stride,
+                HEAD_DIM,
+                DIM_PADDED,
+                BLOCK_SIZE,
+                GROUP_SIZE,
+                TILE,
+            )
+    needed = tl.max((weights != 0.0).to(tl.int32), 0)
+    if tl.max(needed, 0) > 0:
+        block = tl.load(block_table_ptr + position // BLOCK_SIZE, mask=needed > 0, other=0)
+        value = _load_rows(
+            value_ptr,
             block,
-            (start % BLOCK_SIZE) // GROUP_SIZE,
-            lacking & (size == GROUP_SIZE),
-            means_block_stride,
-            means_group_stride,
+            position % BLOCK_SIZE,
+            needed > 0,
+            value_block_stride,
+            value_slot_stride,
             HEAD_DIM,
             DIM_PADDED,
-        ).to(tl.float32)
+        )
+        acc = tl.dot(weights.to(query.dtype), value.to(query.dtype), acc)
     return acc
 
 
@@ -224,6 +235,7 @@ def _prefill_kernel(
     GROUP_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     COMPENSATION: tl.constexpr,
+    WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     SINKS: tl.constexpr,
     SCALED: tl.constexpr,
@@ -244,22 +256,24 @@ def _prefill_kernel(
         return
 
     ROWS: tl.constexpr = TOKENS * HEADS_PADDED
-    NUM_RUNS: tl.constexpr = TILE // _V_TILE
     row = tl.arange(0, ROWS)
     dim = tl.arange(0, DIM_PADDED)
     lane = tl.arange(0, TILE)
-    run = tl.arange(0, NUM_RUNS)
     head = row % HEADS_PADDED
     is_row = (head < HEADS) & (first + row // HEADS_PADDED < num_tokens)
     # Rows of padding see what the last token sees, so that no row is without keys.
     token = tl.minimum(first + row // HEADS_PADDED, num_tokens - 1)
     before = tl.load(seq_lens_ptr + seq) - num_tokens + 1
     end = before + token
-    begin = tl.maximum(end - window, 0)
+    begin = tl.zeros([ROWS], tl.int32)
     first_end = before + first
     last_end = before + tl.minimum(first + TOKENS, num_tokens) - 1
-    first_begin = tl.maximum(first_end - window, 0)
-    last_begin = tl.maximum(last_end - window, 0)
+    first_begin = 0
+    last_begin = 0
+    if WINDOW:
+        begin = tl.maximum(end - window, 0)
+        first_begin = tl.maximum(first_end - window, 0)
+        last_begin = tl.maximum(last_end - window, 0)
 
     query_head = kv_head * HEADS + head
     token = (start + token).to(tl.int64)
@@ -281,8 +295,8 @@ def _prefill_kernel(
     acc = tl.zeros([ROWS, DIM_PADDED], tl.float32)
     num_kept = end - begin
     v_tiles = tl.zeros([TOKENS], tl.int32)
-    best_position = begin
-    best_shared = tl.zeros([ROWS], tl.int32)
+    # Position of the best key; -1 less that where another head keeps a key in its V tile.
+    best = begin
 
     dense = tl.load(dense_ptr + token, mask=is_row, other=1) != 0
     if tl.min(dense.to(tl.int32), 0) > 0:
@@ -351,74 +365,36 @@ def _prefill_kernel(
             visible = (position >= begin[:, None]) & (position < end[:, None])
             scores = tl.where(visible, scores, float("-inf"))
             kept = scores >= theta[:, None]
-            in_run = tl.sum(tl.reshape(kept.to(tl.int32), [ROWS, NUM_RUNS, _V_TILE]), 2)
-            read = tl.reshape((in_run > 0).to(tl.int32), [TOKENS, HEADS_PADDED, NUM_RUNS])
-            read = tl.max(read, 1)
-            v_tiles += tl.sum(read, 1)
             old_max = max_score
             max_score, sum_exp, alpha, probs = _add_scores(scores, max_score, sum_exp)
             is_best = is_row & (max_score > old_max) & (max_score < theta) & (num_kept == 0)
-            if tl.max(is_best.to(tl.int32), 0) > 0:
+            has_new = tl.max(is_best.to(tl.int32), 0) > 0
+            if has_new:
                 slot = tl.argmax(scores, 1)
-                shared = tl.broadcast_to(read[:, None, :], [TOKENS, HEADS_PADDED, NUM_RUNS])
-                shared = tl.reshape(shared, [ROWS, NUM_RUNS])
-                shared = tl.where(run[None, :] == (slot // _V_TILE)[:, None], shared, 0)
-                best_position = tl.where(is_best, tile_start + slot, best_position)
-                best_shared = tl.where(is_best, tl.max(shared, 1), best_shared)
-            num_kept += tl.sum(in_run, 1)
-
-            acc = acc * alpha[:, None]
-            weights = tl.where(kept, probs, 0.0)
-            lost = tl.where(kept, 0.0, probs)
-            if COMPENSATION:
-                is_edge = (tile_start < last_begin) | (tile_start + TILE > first_end)
-                if is_edge:
-                    weights, lost = _spread_partial_groups(
-                        weights, lost, visible, tile_start, begin, end, ROWS, TILE, GROUP_SIZE
-                    )
-            needed = tl.max(weights, 0) > 0.0
-            if tl.max(needed.to(tl.int32), 0) > 0:
-                # Read again rather than kept: registers are scarcer here than the first-level cache
-                # is slow.
-                again = tl.load(block_table_ptr + position // BLOCK_SIZE, mask=needed, other=0)
-                value = _load_rows(
-                    value_ptr,
-                    again,
-                    offset,
-                    needed,
-                    key_block_stride,
-                    key_slot_stride,
-                    HEAD_DIM,
-                    DIM_PADDED,
-                )
-                acc = tl.dot(weights.to(query.dtype), value.to(query.dtype), acc)
-            if COMPENSATION:
-                acc = _add_group_means(
-                    acc,
-                    lost,
-                    query,
-                    means_ptr,
-                    block_table_ptr,
-                    tile_start,
-                    first_begin,
-                    last_end,
-                    means_block_stride,
-                    means_group_stride,
-                    ROWS,
-                    HEAD_DIM,
-                    DIM_PADDED,
-                    BLOCK_SIZE,
-                    GROUP_SIZE,
-                    TILE,
-                )
-        lacking = is_row & (num_kept == 0)
-        if tl.max(lacking.to(tl.int32), 0) > 0:
-            acc = _swap_in_best_rows(
-                acc,
-                lacking,
-                best_position,
+                best = tl.where(is_best, tile_start + slot, best)
+            for run in tl.static_range(TILE // _V_TILE):
+                in_run = tl.where((lane // _V_TILE == run)[None, :], kept, False)
+                in_run = tl.sum(in_run.to(tl.int32), 1)
+                num_kept += in_run
+                read = tl.max(tl.reshape(in_run, [TOKENS, HEADS_PADDED]), 1) > 0
+                v_tiles += read.to(tl.int32)
+                if has_new:
+                    shared = tl.broadcast_to(read.to(tl.int32)[:, None], [TOKENS, HEADS_PADDED])
+                    shared = tl.reshape(shared, [ROWS])
+                    is_here = is_best & (best // _V_TILE == tile_start // _V_TILE + run)
+                    best = tl.where(is_here & (shared > 0), -1 - best, best)
+            acc = _add_weighted(
+                acc * alpha[:, None],
+                tl.where(kept, probs, 0.0),
+                _sum_groups(tl.where(kept, 0.0, probs), ROWS, GROUP_SIZE, TILE),
+                query,
+                tile_start,
                 begin,
                 end,
+                first_begin,
+                last_begin,
+                first_end,
+                last_end,
                 value_ptr,
                 means_ptr,
                 block_table_ptr,
@@ -430,11 +406,49 @@ def _prefill_kernel(
                 DIM_PADDED,
                 BLOCK_SIZE,
                 GROUP_SIZE,
+                TILE,
                 COMPENSATION,
             )
+        lacking = is_row & (num_kept == 0)
+        if tl.max(lacking.to(tl.int32), 0) > 0:
+            # The best key's exponential is 1; what it lost to its group is taken back.
+            alone = lacking & (best >= 0)
+            best = tl.where(best < 0, -1 - best, best)
+            best_tile = tl.where(lacking, best // TILE, last_end)
+            index = tl.min(best_tile, 0)
+            while index < last_end:
+                tile_start = index * TILE
+                is_best = lacking[:, None] & (best[:, None] == (tile_start + lane)[None, :])
+                weights = tl.where(is_best, 1.0, 0.0)
+                acc = _add_weighted(
+                    acc,
+                    weights,
+                    -_sum_groups(weights, ROWS, GROUP_SIZE, TILE),
+                    query,
+                    tile_start,
+                    begin,
+                    end,
+                    first_begin,
+                    last_begin,
+                    first_end,
+                    last_end,
+                    value_ptr,
+                    means_ptr,
+                    block_table_ptr,
+                    key_block_stride,
+                    key_slot_stride,
+                    means_block_stride,
+                    means_group_stride,
+                    HEAD_DIM,
+                    DIM_PADDED,
+                    BLOCK_SIZE,
+                    GROUP_SIZE,
+                    TILE,
+                    COMPENSATION,
+                )
+                index = tl.min(tl.where(best_tile > index, best_tile, last_end), 0)
             num_kept += lacking.to(tl.int32)
-            alone = lacking & (best_shared == 0)
-            v_tiles += _extra_tiles(alone, best_position, TOKENS, HEADS_PADDED)
+            v_tiles += _extra_tiles(alone, best, TOKENS, HEADS_PADDED)
 
     top = max_score
     if SINKS:
@@ -579,7 +593,7 @@ def prefill_attention(
         v_tiles_read,
         sm_scale,
         soft_cap or 0.0,
-        NO_WINDOW if window is None else window,
+        window or 0,
         num_seqs,
         query.stride(0),
         out.stride(0),
@@ -596,6 +610,7 @@ def prefill_attention(
         GROUP_SIZE=group_size,
         TILE=config.tile,
         COMPENSATION=v_means is not None,
+        WINDOW=window is not None,
         SOFT_CAP=bool(soft_cap),
         SINKS=sinks is not None,
         SCALED=k_scale is not None,

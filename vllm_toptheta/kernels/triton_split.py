@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+GROUPS_PADDED = tl.constexpr(16)  # the smallest inner dimension of tl.dot
 
 
 @triton.jit
@@ -306,7 +307,7 @@ def _split_kernel(
             if COMPENSATION:
                 acc = _add_group_means(
                     acc,
-                    lost,
+                    _sum_groups(lost, HEADS_PADDED, GROUP_SIZE, TILE),
                     query,
                     means_ptr,
                     block_table_ptr,
@@ -315,7 +316,6 @@ def _split_kernel(
                     seq_len,
                     means_block_stride,
                     means_group_stride,
-                    HEADS_PADDED,
                     HEAD_DIM,
                     DIM_PADDED,
                     BLOCK_SIZE,
@@ -339,9 +339,25 @@ def _split_kernel(
 
 
 @triton.jit
+def _sum_groups(lost, ROWS: tl.constexpr, GROUP_SIZE: tl.constexpr, TILE: tl.constexpr):
+    """Lost mass [ROWS, TILE] summed over groups of keys, [ROWS, GROUPS_PADDED].
+
+    By masks: for a sum over one of three dimensions the compiler picks layouts that hold every
+    element many times.
+    """
+    group = tl.arange(0, TILE) // GROUP_SIZE
+    column = tl.arange(0, GROUPS_PADDED)
+    lost_mass = tl.zeros([ROWS, GROUPS_PADDED], tl.float32)
+    for index in tl.static_range(TILE // GROUP_SIZE):
+        mass = tl.sum(tl.where((group == index)[None, :], lost, 0.0), 1)
+        lost_mass = tl.where((column == index)[None, :], mass[:, None], lost_mass)
+    return lost_mass
+
+
+@triton.jit
 def _add_group_means(
     acc,
-    lost,
+    lost_mass,
     query,
     means_ptr,
     block_table_ptr,
@@ -350,19 +366,17 @@ def _add_group_means(
     seq_len,
     means_block_stride,
     means_group_stride,
-    HEADS_PADDED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Add the lost mass [heads, TILE] of every complete group times the group's stored mean V.
+    """Add the lost mass [rows, GROUPS_PADDED] of every complete group times its stored mean V.
 
-    Groups that the row sees in part count as zero here; their mass is spread already.
+    Groups outside of [begin, seq_len) count as zero here; their mass is spread already.
     """
     NUM_GROUPS: tl.constexpr = TILE // GROUP_SIZE
-    GROUPS_PADDED: tl.constexpr = 16  # the smallest inner dimension of tl.dot
     group = tl.arange(0, GROUPS_PADDED)
     start = tile_start + group * GROUP_SIZE
     complete = (group < NUM_GROUPS) & (start >= begin) & (start + GROUP_SIZE <= seq_len)
@@ -377,10 +391,7 @@ def _add_group_means(
         HEAD_DIM,
         DIM_PADDED,
     )
-    lost_mass = tl.sum(tl.reshape(lost, [HEADS_PADDED, NUM_GROUPS, GROUP_SIZE]), 2)
-    place = tl.arange(0, NUM_GROUPS)[:, None] == group[None, :]
-    padded = tl.sum(tl.where(place[None, :, :], lost_mass[:, :, None], 0.0), 1)
     if query.dtype == tl.float16:
         # The mass that thousands of distant keys lose lies below float16's normal range.
-        return tl.dot(padded, means.to(tl.float32), acc, input_precision="tf32")
-    return tl.dot(padded.to(query.dtype), means.to(query.dtype), acc)
+        return tl.dot(lost_mass, means.to(tl.float32), acc, input_precision="tf32")
+    return tl.dot(lost_mass.to(query.dtype), means.to(query.dtype), acc)
