@@ -329,8 +329,9 @@ def _needle(arguments: argparse.Namespace) -> int:
 
 
 def _variants(arguments: argparse.Namespace) -> list[Mapping[str, Any]]:
-    # vLLM reads it when it is imported; its log of every start would bury the table.
+    # vLLM reads them when it is imported; the log of every start would bury the table.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     from vllm_toptheta.evaluation.engine import variants
 
     return variants(arguments.phases, arguments.k, arguments.prefill_k, arguments.min_kv_len)

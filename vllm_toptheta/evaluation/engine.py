@@ -23,7 +23,7 @@ from vllm_toptheta.threshold_store import ThresholdStore
 
 HEADINGS = (
     f"{'engine':24} {'all':>8} {'vs stock':>8} {'prompt':>8} {'vs stock':>8} {'decoded':>8} "
-    f"{'vs stock':>8} {'kept':>6} {'V tiles':>7} {'kept':>6} {'V rows':>6}"
+    f"{'vs stock':>8} {'kept':>7} {'V tiles':>7} {'kept':>7} {'V rows':>7}"
 )
 """Perplexity over all tokens, those that prompt rows predict, and those that decode rows predict;
 then what prompt rows and decode rows keep and read."""
@@ -68,14 +68,25 @@ class EngineResult:
     num_decode_tokens: int
 
     def to_row(self) -> str:
-        """One line under HEADINGS."""
-        return (
-            f"{self.engine:24} {self.perplexity:8.4f} {self.ratio_to_stock - 1:+8.2%} "
-            f"{self.prompt_perplexity:8.4f} {self.prompt_ratio_to_stock - 1:+8.2%} "
-            f"{self.decode_perplexity:8.4f} {self.decode_ratio_to_stock - 1:+8.2%} "
-            f"{self.prompt_kept_fraction:6.4f} {self.prompt_v_tile_fraction:7.4f} "
-            f"{self.decode_kept_fraction:6.4f} {self.decode_v_row_fraction:6.4f}"
+        """One line under HEADINGS; a dash stands for NaN."""
+        cells = (
+            f"{self.perplexity:8.4f}",
+            f"{self.ratio_to_stock - 1:+8.2%}",
+            f"{self.prompt_perplexity:8.4f}",
+            f"{self.prompt_ratio_to_stock - 1:+8.2%}",
+            f"{self.decode_perplexity:8.4f}",
+            f"{self.decode_ratio_to_stock - 1:+8.2%}",
+            f"{self.prompt_kept_fraction:7.4f}",
+            f"{self.prompt_v_tile_fraction:7.4f}",
+            f"{self.decode_kept_fraction:7.4f}",
+            f"{self.decode_v_row_fraction:7.4f}",
         )
+        return " ".join([f"{self.engine:24}", *map(dashed, cells)])
+
+
+def dashed(cell: str) -> str:
+    """A table's cell, with a dash for NaN."""
+    return f"{'-':>{len(cell)}}" if "nan" in cell else cell
 
 
 def variants(
@@ -163,7 +174,7 @@ def running_engine(
     try:
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        llm.llm_engine.engine_core.shutdown(timeout=30)
         gc.collect()
 
 

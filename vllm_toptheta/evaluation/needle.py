@@ -19,6 +19,7 @@ from vllm_toptheta.evaluation.engine import (
     Options,
     check_levels,
     count,
+    dashed,
     follow,
     fraction,
     label,
@@ -29,8 +30,8 @@ from vllm_toptheta.evaluation.engine import (
 CITIES = ("Paris", "Cairo", "Lima", "Oslo", "Tokyo", "Delhi", "Quito", "Rome", "Accra", "Seoul")
 
 HEADINGS = (
-    f"{'engine':24} {'length':>6} {'found':>7} {'as stock':>8} {'log-prob':>8} {'kept':>6} "
-    f"{'kept':>6}"
+    f"{'engine':24} {'length':>6} {'found':>7} {'as stock':>8} {'log-prob':>8} {'kept':>7} "
+    f"{'kept':>7}"
 )
 """Numbers found, verdicts that are the stock engine's, mean log-probability of the numbers in nats,
 and what prompt rows and decode rows keep."""
@@ -166,13 +167,19 @@ def to_row(results: Sequence[NeedleResult], stock: Sequence[NeedleResult]) -> st
     found = sum(result.found for result in results)
     same = sum(ours.found == theirs.found for ours, theirs in zip(results, stock, strict=True))
 
-    def mean(name: str) -> float:
-        return float(sum(getattr(result, name) for result in results)) / number
+    def mean(name: str, form: str) -> str:
+        return dashed(f"{sum(getattr(result, name) for result in results) / number:{form}}")
 
-    return (
-        f"{results[0].engine:24} {results[0].length:6} {f'{found}/{number}':>7} "
-        f"{f'{same}/{number}':>8} {mean('log_probability'):8.3f} "
-        f"{mean('prompt_kept_fraction'):6.4f} {mean('decode_kept_fraction'):6.4f}"
+    return " ".join(
+        [
+            f"{results[0].engine:24}",
+            f"{results[0].length:6}",
+            f"{f'{found}/{number}':>7}",
+            f"{f'{same}/{number}':>8}",
+            mean("log_probability", "8.3f"),
+            mean("prompt_kept_fraction", "7.4f"),
+            mean("decode_kept_fraction", "7.4f"),
+        ]
     )
 
 
