@@ -4,9 +4,11 @@ subcommands only.
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,8 +41,11 @@ def _parser() -> argparse.ArgumentParser:
             "perplexity", help="perplexity and rows read: dense, exact top-k, Top-theta"
         )
     )
-    _add_prompts(
-        what.add_parser("prompts", help="perplexity through vLLM's engine with pruned prompts")
+    _add_engine(
+        what.add_parser("engine", help="perplexity through vLLM: stock, and with pruned rows")
+    )
+    _add_needle(
+        what.add_parser("needle", help="find a number in a long text through vLLM, both ways")
     )
     doctor = commands.add_parser("doctor", help="check the installation")
     doctor.set_defaults(run=_doctor)
@@ -55,16 +60,77 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
 
 
-def _add_prompts(parser: argparse.ArgumentParser) -> None:
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    _add_engines(parser)
+    parser.add_argument("--text", nargs="+", type=Path, required=True, metavar="FILE", help="text")
+    parser.add_argument(
+        "--length", type=int, default=2048, help="tokens per document (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--prompt-tokens",
+        type=int,
+        help="of these, the prompt; the rest is decoded (default: half of them)",
+    )
+    parser.add_argument("--documents", type=int, default=4, help="documents (default: %(default)s)")
+    parser.set_defaults(run=_engine)
+
+
+def _add_needle(parser: argparse.ArgumentParser) -> None:
+    _add_engines(parser)
+    parser.add_argument(
+        "--text",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="haystack (default: Python's own documentation)",
+    )
+    parser.add_argument(
+        "--lengths",
+        nargs="+",
+        type=int,
+        default=[1024, 2048, 4096, 8000],
+        help="tokens of a text (default: 1024 2048 4096 8000)",
+    )
+    parser.add_argument(
+        "--depths",
+        nargs="+",
+        type=float,
+        default=[0, 0.25, 0.5, 0.75, 1],
+        help="where the number is, 0 first, 1 last (default: 0 0.25 0.5 0.75 1)",
+    )
+    parser.set_defaults(run=_needle)
+
+
+def _add_engines(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="Hugging Face repository or folder")
-    parser.add_argument("--text", nargs="+", type=Path, metavar="FILE", required=True)
     parser.add_argument("--dtype", default="float32", help="torch dtype (default: %(default)s)")
-    parser.add_argument("--k", type=float, nargs="+", default=[128], help="prefill_k to try")
-    parser.add_argument("--length", type=int, default=2048, help="tokens a prompt")
-    parser.add_argument("--documents", type=int, default=2, help="prompts")
-    parser.add_argument("--min-kv-len", type=int, default=128, help="shorter rows are dense")
-    parser.add_argument("--chunk", type=int, default=1024, help="prompt tokens a step")
-    parser.set_defaults(run=_prompts)
+    parser.add_argument(
+        "--phases",
+        nargs="+",
+        choices=("decode", "prefill", "both"),
+        default=["both"],
+        help="rows to prune (default: both)",
+    )
+    parser.add_argument(
+        "--k", nargs="+", type=float, default=[128], help="target keys per row (default: 128)"
+    )
+    parser.add_argument(
+        "--prefill-k",
+        nargs="+",
+        type=float,
+        default=[],
+        help="target keys per prompt row with --phases both (default: as --k)",
+    )
+    parser.add_argument(
+        "--min-kv-len",
+        type=int,
+        default=128,
+        help="rows of at most so many keys are dense (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--chunk", type=int, default=1024, help="prompt tokens a step (default: %(default)s)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results as JSON")
 
 
 def _add_calibrate(parser: argparse.ArgumentParser) -> None:
@@ -198,6 +264,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 def _perplexity(arguments: argparse.Namespace) -> int:
     from vllm_toptheta.evaluation.perplexity import HEADINGS, compare_tables
+    from vllm_toptheta.evaluation.results import write_json
 
     print(HEADINGS)
     results = compare_tables(
@@ -214,26 +281,60 @@ def _perplexity(arguments: argparse.Namespace) -> int:
         report=lambda result: print(result.to_row(), flush=True),
     )
     if arguments.json:
-        rows = [result.to_dict() for result in results]
-        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+        write_json(arguments.json, results)
     return 0
 
 
-def _prompts(arguments: argparse.Namespace) -> int:
-    from vllm_toptheta.evaluation.engine import compare_prompts
+def _engine(arguments: argparse.Namespace) -> int:
+    pruned = _variants(arguments)
+    from vllm_toptheta.evaluation.engine import HEADINGS, compare_engines
+    from vllm_toptheta.evaluation.results import write_json
 
-    compare_prompts(
+    print(HEADINGS)
+    results = compare_engines(
         arguments.model,
         arguments.text,
-        arguments.k,
+        pruned,
         length=arguments.length,
+        prompt_tokens=arguments.prompt_tokens or arguments.length // 2,
         num_documents=arguments.documents,
-        min_kv_len=arguments.min_kv_len,
+        chunk=arguments.chunk,
+        dtype=arguments.dtype,
+        report=lambda result: print(result.to_row(), flush=True),
+    )
+    if arguments.json:
+        write_json(arguments.json, results)
+    return 0
+
+
+def _needle(arguments: argparse.Namespace) -> int:
+    pruned = _variants(arguments)
+    from vllm_toptheta.evaluation.needle import HEADINGS, compare_needles
+    from vllm_toptheta.evaluation.results import write_json
+
+    print(HEADINGS)
+    results = compare_needles(
+        arguments.model,
+        arguments.text,
+        pruned,
+        lengths=arguments.lengths,
+        depths=arguments.depths,
         chunk=arguments.chunk,
         dtype=arguments.dtype,
         report=lambda line: print(line, flush=True),
     )
+    if arguments.json:
+        write_json(arguments.json, results)
     return 0
+
+
+def _variants(arguments: argparse.Namespace) -> list[Mapping[str, Any]]:
+    # vLLM reads them when it is imported; the log of every start would bury the table.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    from vllm_toptheta.evaluation.engine import variants
+
+    return variants(arguments.phases, arguments.k, arguments.prefill_k, arguments.min_kv_len)
 
 
 def _doctor(_: argparse.Namespace) -> int:

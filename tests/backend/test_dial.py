@@ -97,6 +97,17 @@ def test_off_wins_over_every_other_reason() -> None:
     assert [reasons(plan, layer) for layer in range(3)] == [["off"]] * 3
 
 
+@pytest.mark.parametrize("num_rows", [1, 2])
+def test_a_plan_is_the_callers_own(num_rows: int) -> None:
+    dial = make_dial(min_kv_len=0, layers={"2": {"dense": True}})
+    lens = torch.full((num_rows,), 500, dtype=torch.int32)
+    for values in dial.plan(lens, {}).reasons.values():
+        values.fill_(True)
+    again = dial.plan(lens, {})
+    for layer, reason in enumerate(("", "", "layer")):
+        assert reasons(again, layer) == [reason] * num_rows
+
+
 def test_levels_that_clients_ask_for_do_not_pile_up() -> None:
     dial = make_dial()
     lens = torch.tensor([500], dtype=torch.int32)

@@ -1,6 +1,10 @@
 """Real servers for the end-to-end tests, each started once."""
 
+import json
 import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +36,32 @@ def serve(model: Path, folder: Path, *args: str, toptheta: dict[str, Any] | None
 
 def client_of(server: Server) -> OpenAI:
     return OpenAI(base_url=server.url, api_key="none", timeout=600, max_retries=0)
+
+
+def toptheta(**options: Any) -> dict[str, Any]:
+    """Arguments of `LLM` for an engine with Top-theta."""
+    return {"attention_backend": "toptheta", "additional_config": {"toptheta": options}}
+
+
+def generate(
+    model: Path, prompts: list[list[int]], max_tokens: int, engines: list[dict[str, Any]]
+) -> list[list[dict[str, Any]]]:
+    """What every engine generates for the prompts, and its summaries; see `generate.py`."""
+    script = Path(__file__).with_name("generate.py")
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "answers.json"
+        arguments = [output, model, json.dumps(prompts), str(max_tokens), json.dumps(engines)]
+        done = subprocess.run(
+            [sys.executable, script, *arguments],
+            capture_output=True,
+            text=True,
+            timeout=600,
+            env={**os.environ, **ENV},
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        answers: list[list[dict[str, Any]]] = json.loads(output.read_text())
+    return answers
 
 
 @pytest.fixture(scope="session")

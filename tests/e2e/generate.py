@@ -1,9 +1,11 @@
-"""Runs prompts of token ids through `LLM` and writes the generated ids and summaries as JSON; a
-process of its own, because vLLM keeps global state.
+"""Runs prompts of token ids through one `LLM` after the other and writes the generated ids and
+summaries as JSON; a process of its own, because vLLM keeps global state.
 
-Usage: python generate.py OUTPUT MODEL PROMPTS_JSON MAX_TOKENS [TOPTHETA_OPTIONS_JSON]
+Usage: python generate.py OUTPUT MODEL PROMPTS_JSON MAX_TOKENS ENGINES_JSON; engines are a list of
+arguments of `LLM`, and the output has a list of answers for each.
 """
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -12,31 +14,33 @@ from typing import Any
 from vllm import LLM, SamplingParams
 
 
-def main() -> None:
+def generate(model: str, prompts: list[list[int]], max_tokens: int, engine: dict[str, Any]) -> Any:
     """Generate greedily."""
-    output_path, model, prompts, max_tokens, *rest = sys.argv[1:]
-    ours: dict[str, Any] = {}
-    if rest:
-        options = json.loads(rest[0])
-        ours = {"attention_backend": "toptheta", "additional_config": {"toptheta": options}}
-    llm = LLM(
-        model,
-        dtype="float32",
-        max_model_len=1024,
-        kv_cache_memory_bytes=1 << 28,
-        enforce_eager=True,
-        skip_tokenizer_init=True,
-        max_num_seqs=4,
-        **ours,
-    )
-    params = SamplingParams(
-        temperature=0, max_tokens=int(max_tokens), ignore_eos=True, detokenize=False
-    )
-    ids = json.loads(prompts)
-    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in ids], params)
-    answers = [
+    common = {
+        "dtype": "float32",
+        "max_model_len": 1024,
+        "kv_cache_memory_bytes": 1 << 28,
+        "enforce_eager": True,
+        "skip_tokenizer_init": True,
+        "max_num_seqs": 4,
+    }
+    llm = LLM(model, **{**common, **engine})
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params)
+    llm.llm_engine.engine_core.shutdown()
+    gc.collect()
+    return [
         {"ids": list(output.outputs[0].token_ids), "summary": output.kv_transfer_params}
         for output in outputs
+    ]
+
+
+def main() -> None:
+    """Ask every engine."""
+    output_path, model, prompts, max_tokens, engines = sys.argv[1:]
+    answers = [
+        generate(model, json.loads(prompts), int(max_tokens), engine)
+        for engine in json.loads(engines)
     ]
     Path(output_path).write_text(json.dumps(answers))
 

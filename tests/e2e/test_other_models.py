@@ -1,19 +1,14 @@
 """A model with sliding windows in every other layer, soft caps and wide heads: the engine answers
 as stock does, and layers whose window is not larger than k are shown as dense."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from e2e.conftest import generate, toptheta
 from tables import save_flat_table
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-GENERATE = Path(__file__).with_name("generate.py")
 WINDOW, LAYERS, HEADS, TOKENS = 96, 4, 4, 12
 PROMPTS = [
     [7 + (i * 37 + j * j * 11) % 400 for j in range(n)] for i, n in enumerate((60, 200, 333))
@@ -42,27 +37,10 @@ def gemma2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def generate(output: Path, model: Path, *options: dict[str, Any]) -> list[dict[str, Any]]:
-    arguments = [output, model, json.dumps(PROMPTS), str(TOKENS), *map(json.dumps, options)]
-    done = subprocess.run(
-        [sys.executable, GENERATE, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    answers: list[dict[str, Any]] = json.loads(output.read_text())
-    return answers
-
-
 def test_windows_and_soft_caps_through_the_engine(gemma2: Path, tmp_path: Path) -> None:
     table = save_flat_table(gemma2, -1e30, tmp_path / "gemma2.safetensors")
-    stock = generate(tmp_path / "stock.json", gemma2)
-    ours = generate(
-        tmp_path / "ours.json", gemma2, {"thresholds": str(table), "k": 96, "min_kv_len": 64}
-    )
+    options = {"thresholds": str(table), "k": 96, "min_kv_len": 64}
+    stock, ours = generate(gemma2, PROMPTS, TOKENS, [{}, toptheta(**options)])
     assert [answer["ids"] for answer in ours] == [answer["ids"] for answer in stock]
     for prompt, answer in zip(PROMPTS, ours, strict=True):
         summary = answer["summary"]["toptheta"]

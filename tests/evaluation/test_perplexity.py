@@ -5,6 +5,7 @@ what they promise.
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tiny_models import random_documents, tiny_model, tiny_tokenizer
 from vllm_toptheta.calibration.calibrate import CalibrationOptions, calibrate
 from vllm_toptheta.calibration.corpus import Corpus
 from vllm_toptheta.evaluation.perplexity import evaluate_perplexity
+from vllm_toptheta.evaluation.results import write_json
 from vllm_toptheta.thresholds import KEEP_ALL, ThresholdTable
 
 TEXT = "".join(chr(32 + (i * i + 7 * i) % 90) for i in range(6000))
@@ -52,7 +54,7 @@ def test_dense_is_the_models_own_perplexity() -> None:
     assert math.log(dense.perplexity) == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_variants_and_counts(table: ThresholdTable) -> None:
+def test_variants_and_counts(table: ThresholdTable, tmp_path: Path) -> None:
     documents = [torch.tensor(tiny_tokenizer()(TEXT[:1200]).input_ids)]
     reported: list[object] = []
     results = evaluate_perplexity(
@@ -83,7 +85,10 @@ def test_variants_and_counts(table: ThresholdTable) -> None:
         assert 0 < result.kept_fraction < result.v_row_fraction < 1
         assert 0 < result.long_v_row_fraction < result.v_row_fraction
     assert results[2].achieved_over_target == pytest.approx(1, abs=0.25)
-    assert json.loads(json.dumps(results[0].to_dict()))["achieved_over_target"] is None
+    write_json(tmp_path / "results.json", results)
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert [row["perplexity"] for row in written] == [result.perplexity for result in results]
+    assert written[0]["achieved_over_target"] is None
 
 
 def test_short_rows_are_dense_below_min_kv_len(table: ThresholdTable) -> None:

@@ -146,6 +146,9 @@ class Dial:
             options: by row, where they are not the default ones; other rows are ignored.
             default_k: mean keys a row keeps where its request does not say; None for the
                 configured k.
+
+        Returns:
+            A plan that is the caller's own.
         """
         if not options:
             return self._lookup(default_k, seq_lens)
@@ -229,7 +232,8 @@ def _plan(group: _LayerGroup, level: _Level, seq_lens: torch.Tensor) -> RowPlan:
         reasons={
             "dense_short": short,
             "dense_window": windowed.expand_as(short).contiguous(),
-            "dense_layer": group.dense.expand_as(short).contiguous(),
+            # A copy also where there is one row: callers may write into their plan.
+            "dense_layer": group.dense.expand_as(short).clone(),
             "dense_off": torch.zeros_like(short),
         },
     )

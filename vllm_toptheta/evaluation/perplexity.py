@@ -7,7 +7,7 @@ done at each.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -76,13 +76,6 @@ class PerplexityResult:
             f"{self.long_kept_fraction:9.4f} {self.long_v_row_fraction:9.4f} "
             f"{self.achieved_over_target:9.3f}"
         )
-
-    def to_dict(self) -> dict[str, object]:
-        """Field names to values, for JSON; NaN becomes None."""
-        return {
-            name: None if isinstance(value, float) and math.isnan(value) else value
-            for name, value in asdict(self).items()
-        }
 
 
 @dataclass

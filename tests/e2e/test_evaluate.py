@@ -1,0 +1,69 @@
+"""`toptheta evaluate engine` and `needle` on the real model: forced decoding is teacher forcing,
+and pruned rows are counted."""
+
+import json
+import os
+import pydoc_data.topics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from e2e.conftest import ENV
+
+from vllm_toptheta.calibration.calibrate import load_model, read_corpus
+from vllm_toptheta.evaluation.perplexity import evaluate_perplexity
+
+LENGTH, PROMPT, DOCUMENTS = 256, 100, 2
+
+
+def evaluate(what: str, model: Path, folder: Path, *arguments: str) -> list[dict[str, Any]]:
+    output = folder / "results.json"
+    common = ["--phases", "both", "--k", "16", "--min-kv-len", "32", "--json", str(output)]
+    command = ["evaluate", what, str(model), *common, *arguments]
+    done = subprocess.run(
+        [sys.executable, "-m", "vllm_toptheta.cli", *command],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, **ENV},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert "both k " in done.stdout
+    results: list[dict[str, Any]] = json.loads(output.read_text())
+    return results
+
+
+def test_engine(smollm2: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(pydoc_data.topics.topics["exceptions"])
+    numbers = ["--length", str(LENGTH), "--prompt-tokens", str(PROMPT)]
+    stock, pruned = evaluate(
+        "engine", smollm2, tmp_path, "--text", str(text), "--documents", str(DOCUMENTS), *numbers
+    )
+    model, tokenizer = load_model(str(smollm2), dtype="float32", device="cpu")
+    documents = list(
+        read_corpus([text]).documents(tokenizer, length=LENGTH, num_tokens=DOCUMENTS * LENGTH)
+    )
+    (dense,) = evaluate_perplexity(model, documents, [], [])
+    assert stock["perplexity"] == pytest.approx(dense.perplexity, rel=1e-4)
+    assert stock["num_prompt_tokens"] == DOCUMENTS * PROMPT
+    assert stock["num_decode_tokens"] == DOCUMENTS * (LENGTH - PROMPT - 1)
+    assert stock["decode_kept_fraction"] is None
+    # 16 keys are little: the text is a lot harder, but still English.
+    assert 1.001 < pruned["decode_ratio_to_stock"] < 2
+    assert pruned["prompt_perplexity"] != stock["prompt_perplexity"]
+    assert 0 < pruned["decode_kept_fraction"] < 0.2
+    assert pruned["decode_kept_fraction"] < pruned["prompt_kept_fraction"] < 1
+
+
+def test_needle(smollm2: Path, tmp_path: Path) -> None:
+    stock, pruned = evaluate(
+        "needle", smollm2, tmp_path, "--lengths", "256", "--depths", "0.5", "--k", "64"
+    )
+    assert stock["found"]
+    assert (stock["length"], stock["depth"]) == (256, 0.5)
+    assert pruned["log_probability"] != stock["log_probability"]
+    assert 0 < pruned["decode_kept_fraction"] < pruned["prompt_kept_fraction"] < 1
