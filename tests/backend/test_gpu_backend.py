@@ -48,7 +48,7 @@ from vllm_toptheta.kernels.reference import (  # noqa: E402
 )
 from vllm_toptheta.kernels.triton_counts import COLUMNS  # noqa: E402
 from vllm_toptheta.request_options import RequestOptions  # noqa: E402
-from vllm_toptheta.telemetry.counters import FIELDS, split  # noqa: E402
+from vllm_toptheta.telemetry.counters import FIELDS  # noqa: E402
 
 pytestmark = needs_interpreter
 
@@ -91,7 +91,7 @@ def make_builder(
     monkeypatch: pytest.MonkeyPatch, **changes: Any
 ) -> tuple[TopThetaGPUMetadataBuilder, list[TopThetaGPUImpl]]:
     additional = options(**changes)
-    monkeypatch.setattr(TopThetaGPUMetadataBuilder, "_install_telemetry", lambda self: None)
+    monkeypatch.setattr(gpu, "install_on_worker", lambda *args, **kwargs: None)
     impls = [make_impl(monkeypatch, additional, sliding_window=w) for w in (None, WINDOW, None)]
     layers = {name: SimpleNamespace(impl=impl) for name, impl in zip(NAMES, impls, strict=True)}
     monkeypatch.setattr(gpu, "get_layers_from_vllm_config", lambda *args: layers)
@@ -166,8 +166,7 @@ class Batch:
 
 
 def named_totals(counts: step.GPUStepCounts) -> list[dict[str, int]]:
-    flat = counts.totals().tolist()
-    rows = split(flat, len(flat) // len(FIELDS))
+    rows = counts.totals().view(-1, len(FIELDS)).tolist()
     return [dict(zip(FIELDS, row, strict=True)) for row in rows]
 
 

@@ -40,7 +40,7 @@ from vllm_toptheta.kernels.api import (
     update_v_means,
 )
 from vllm_toptheta.request_options import RequestOptions
-from vllm_toptheta.telemetry.carrier import install_on_runner
+from vllm_toptheta.telemetry.carrier import install_on_worker
 from vllm_toptheta.telemetry.counters import FIELDS
 from vllm_toptheta.telemetry.step_log import STEP_LOG
 
@@ -227,20 +227,12 @@ class TopThetaCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         first_head = get_tensor_model_parallel_rank() * self.num_heads
         self.dial = Dial(self.plan, layers, windows, first_head, self.num_heads)
         self.heads = publish_heads(layers, first_head, self.num_heads)
-        self._install_telemetry()
+        install_on_worker(vllm_config, count=self.plan.config.telemetry)
 
     def _set_isa_to_layers(self, layer_names: list[str]) -> None:
         # AMX hosts would pack V in tiles; rows can only be skipped where V is row-major.
         self.isa = "vec" if self.head_dim % 32 == 0 and self.block_size % 32 == 0 else "vec16"
         super()._set_isa_to_layers(layer_names)
-
-    def _install_telemetry(self) -> None:
-        if self.vllm_config.use_v2_model_runner:
-            from vllm.v1.worker.gpu.model_runner import GPUModelRunner
-        else:
-            from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-        install_on_runner(GPUModelRunner, count=self.plan.config.telemetry)
 
     def build(
         self,

@@ -43,7 +43,7 @@ from vllm_toptheta.kernels.triton_config import choose_config, choose_prefill_co
 from vllm_toptheta.kernels.triton_decode import decode_attention
 from vllm_toptheta.kernels.triton_means import update_v_means
 from vllm_toptheta.kernels.triton_prefill import prefill_attention
-from vllm_toptheta.telemetry.carrier import install_on_runner
+from vllm_toptheta.telemetry.carrier import install_on_worker
 from vllm_toptheta.telemetry.step_log import STEP_LOG
 
 logger = init_logger("vllm.toptheta.gpu")
@@ -211,15 +211,7 @@ class TopThetaGPUMetadataBuilder(TritonAttentionMetadataBuilder):
                 "toptheta: rows that verify several draft tokens at once are not pruned; "
                 "they are counted as dense"
             )
-        self._install_telemetry()
-
-    def _install_telemetry(self) -> None:
-        if self.vllm_config.use_v2_model_runner:
-            from vllm.v1.worker.gpu.model_runner import GPUModelRunner
-        else:
-            from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-        install_on_runner(GPUModelRunner, count=self.plan.config.telemetry)
+        install_on_worker(vllm_config, count=self.plan.config.telemetry)
 
     def build(
         self,

@@ -24,6 +24,21 @@ KEY = "toptheta"
 _LOST = "responses and metrics show nothing of what was pruned, and requests cannot choose their k"
 
 
+def install_on_worker(vllm_config: Any, *, count: bool) -> None:
+    """`install_on_runner` for the runner that this engine uses.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        count: whether to attach counts.
+    """
+    if vllm_config.use_v2_model_runner:
+        from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+    else:
+        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    install_on_runner(GPUModelRunner, count=count)
+
+
 def install_on_runner(runner_class: Any, *, count: bool) -> None:
     """Make a model runner class note its requests' options and attach counts to its outputs.
 
