@@ -38,7 +38,7 @@ def evaluate(what: str, model: Path, folder: Path, *arguments: str) -> list[dict
 
 def test_engine(smollm2: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
-    text.write_text(pydoc_data.topics.topics["exceptions"])
+    text.write_text(pydoc_data.topics.topics["formatstrings"])
     numbers = ["--length", str(LENGTH), "--prompt-tokens", str(PROMPT)]
     stock, pruned = evaluate(
         "engine", smollm2, tmp_path, "--text", str(text), "--documents", str(DOCUMENTS), *numbers
