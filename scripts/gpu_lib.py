@@ -221,18 +221,34 @@ class Batch:
             if first == visible:
                 self.theta[seq] = -1e30
                 continue
-            last = min(first + 64, visible - 1)
-            gaps = ordered[:, first - 1 : last] - ordered[:, first : last + 1]
-            at = gaps.argmax(-1, keepdim=True) + first - 1
-            middle = (ordered.gather(-1, at) + ordered.gather(-1, at + 1)) / 2
-            self.theta[seq] = middle[:, 0].float()
-            if self.shape.best_only:
-                self.theta[seq, ::2] = ordered[::2, 0].float() + 1
+            self.theta[seq] = self.theta_in_gap(ordered, first)
 
-    def expected(self, seq: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Output (float64), num_kept and v_rows_read of the specification."""
-        scores = self.scores(seq)[:, None]
-        theta = self.theta[seq].double()[:, None]
+    def theta_in_gap(self, ordered: Tensor, first: int) -> Tensor:
+        """[num_heads] thresholds in the widest gap between scores from rank `first` on, or above
+        all of them where a shape wants the best key alone.
+
+        Args:
+            ordered: [num_heads, length] scores of a row, the highest first.
+            first: keys to keep at least, fewer than are visible.
+        """
+        visible = int((ordered[0] > -math.inf).sum())
+        last = min(first + 64, visible - 1)
+        gaps = ordered[:, first - 1 : last] - ordered[:, first : last + 1]
+        at = gaps.argmax(-1, keepdim=True) + first - 1
+        theta = ((ordered.gather(-1, at) + ordered.gather(-1, at + 1)) / 2)[:, 0].float()
+        if self.shape.best_only:
+            theta[::2] = ordered[::2, 0].float() + 1
+        return theta
+
+    def specified(self, seq: int, scores: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """What the specification keeps, [num_heads, num_rows, length] bool, and its output,
+        [num_rows, num_heads, head_dim] float64.
+
+        Args:
+            seq: whose V rows.
+            scores: [num_heads, num_rows, length] float64.
+            theta: [num_heads, num_rows] float64.
+        """
         if self.shape.dense:
             theta = torch.full_like(theta, -math.inf)
         kept = select_by_theta(scores, theta)
@@ -243,8 +259,14 @@ class Batch:
             sinks=None if self.sinks is None else self.sinks.double(),
         )
         value = self.row(self.value_cache, seq).double() * self.scales[1]
+        return kept, weighted_values(weights, value)
+
+    def expected(self, seq: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Output (float64), num_kept and v_rows_read of the specification."""
+        theta = self.theta[seq].double()[:, None]
+        kept, out = self.specified(seq, self.scores(seq)[:, None], theta)
         rows = count_v_rows(kept, self.shape.num_kv_heads)[0]
-        return weighted_values(weights, value)[0], kept.sum(-1)[:, 0], rows
+        return out[0], kept.sum(-1)[:, 0], rows
 
     def kept_sets(self, num_splits: int) -> Tensor:
         """[num_seqs, num_heads, longest] bool, read off outputs whose V rows tell the key's

@@ -9,12 +9,7 @@ from gpu_lib import Batch, Shape
 from torch import Tensor
 
 from vllm_toptheta.kernels.cpu_prefill import V_TILE
-from vllm_toptheta.kernels.reference import (
-    attention_scores,
-    attention_weights,
-    select_by_theta,
-    weighted_values,
-)
+from vllm_toptheta.kernels.reference import attention_scores
 from vllm_toptheta.kernels.triton_config import choose_prefill_config
 from vllm_toptheta.kernels.triton_prefill import prefill_attention
 
@@ -129,28 +124,12 @@ class PromptBatch(Batch):
                 if first == 0:
                     self.theta[row] = -1e30
                     continue
-                last = min(first + 64, visible - 1)
-                gaps = ranked[:, first - 1 : last] - ranked[:, first : last + 1]
-                widest = gaps.argmax(-1, keepdim=True) + first - 1
-                middle = (ranked.gather(-1, widest) + ranked.gather(-1, widest + 1)) / 2
-                self.theta[row] = middle[:, 0].float()
-                if self.shape.best_only:
-                    self.theta[row, ::2] = ranked[::2, 0].float() + 1
+                self.theta[row] = self.theta_in_gap(ranked, first)
 
     def expected_rows(self, seq: int, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Output (float64), num_kept and v_tiles_read of the specification."""
-        scores, theta = self.row_scores(seq, rows), self.theta[rows].double().T
-        if self.shape.dense:
-            theta = torch.full_like(theta, -math.inf)
-        kept = select_by_theta(scores, theta)
-        weights = attention_weights(
-            scores,
-            kept,
-            group_size=self.shape.group_size if self.shape.compensation else None,
-            sinks=None if self.sinks is None else self.sinks.double(),
-        )
-        value = self.row(self.value_cache, seq).double() * self.scales[1]
+        kept, out = self.specified(seq, self.row_scores(seq, rows), self.theta[rows].double().T)
         read = kept.unflatten(0, (self.shape.num_kv_heads, -1)).any(1)
         read = torch.nn.functional.pad(read, (0, -read.shape[-1] % V_TILE))
         tiles = read.unflatten(-1, (-1, V_TILE)).any(-1).sum(-1).T
-        return weighted_values(weights, value), kept.sum(-1).T, tiles
+        return out, kept.sum(-1).T, tiles

@@ -66,7 +66,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "backend.gpu_prompts": (
         {"torch"},
-        {"backend.gpu_tensors", "kernels.triton_counts", "request_options"},
+        {"backend.gpu_tensors", "backend.prompts", "request_options"},
     ),
     "backend.step": ({"torch", "vllm"}, {"backend", "kernels.triton_counts", "telemetry"}),
     "backend": (

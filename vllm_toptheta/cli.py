@@ -264,7 +264,6 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 def _perplexity(arguments: argparse.Namespace) -> int:
     from vllm_toptheta.evaluation.perplexity import HEADINGS, compare_tables
-    from vllm_toptheta.evaluation.results import write_json
 
     print(HEADINGS)
     results = compare_tables(
@@ -280,15 +279,13 @@ def _perplexity(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         report=lambda result: print(result.to_row(), flush=True),
     )
-    if arguments.json:
-        write_json(arguments.json, results)
+    _write_json(arguments, results)
     return 0
 
 
 def _engine(arguments: argparse.Namespace) -> int:
     pruned = _variants(arguments)
     from vllm_toptheta.evaluation.engine import HEADINGS, compare_engines
-    from vllm_toptheta.evaluation.results import write_json
 
     print(HEADINGS)
     results = compare_engines(
@@ -302,15 +299,13 @@ def _engine(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         report=lambda result: print(result.to_row(), flush=True),
     )
-    if arguments.json:
-        write_json(arguments.json, results)
+    _write_json(arguments, results)
     return 0
 
 
 def _needle(arguments: argparse.Namespace) -> int:
     pruned = _variants(arguments)
     from vllm_toptheta.evaluation.needle import HEADINGS, compare_needles
-    from vllm_toptheta.evaluation.results import write_json
 
     print(HEADINGS)
     results = compare_needles(
@@ -323,9 +318,15 @@ def _needle(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         report=lambda line: print(line, flush=True),
     )
+    _write_json(arguments, results)
+    return 0
+
+
+def _write_json(arguments: argparse.Namespace, results: Sequence[Any]) -> None:
+    from vllm_toptheta.evaluation.results import write_json
+
     if arguments.json:
         write_json(arguments.json, results)
-    return 0
 
 
 def _variants(arguments: argparse.Namespace) -> list[Mapping[str, Any]]:

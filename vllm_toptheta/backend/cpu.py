@@ -24,10 +24,15 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-from vllm_toptheta.backend.dial import Dial, RowPlan, row_options
+from vllm_toptheta.backend.dial import Dial, RowPlan, rest_of_batch, row_options
 from vllm_toptheta.backend.heads import HeadCounts, publish_heads
 from vllm_toptheta.backend.plan import Plan
-from vllm_toptheta.backend.prompts import PromptStep, dense_prompts, plan_prompts
+from vllm_toptheta.backend.prompts import (
+    PromptRows,
+    PromptStep,
+    dense_prompts,
+    plan_prompts,
+)
 from vllm_toptheta.backend.registration import NAME
 from vllm_toptheta.backend.sidecar import enlarge_page
 from vllm_toptheta.config import TopThetaConfig
@@ -196,7 +201,7 @@ class TopThetaCPUMetadata:
     num_actual_tokens: int
     decode: DecodeStep | None
     prefill: CPUAttentionMetadata | None
-    prompts: PromptStep | None = None
+    prompts: PromptRows | None = None
 
 
 class TopThetaCPUMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -241,7 +246,7 @@ class TopThetaCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         fast_build: bool = False,
     ) -> TopThetaCPUMetadata:
         cam = common_attn_metadata
-        num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
+        num_decodes, num_prefills, _, _ = split_decodes_and_prefills(
             cam, decode_threshold=1, treat_short_extends_as_decodes=False
         )
         query_lens = cam.query_start_loc_cpu.diff().to(torch.int64)
@@ -261,45 +266,24 @@ class TopThetaCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         if num_decodes:
             query_lens[:num_decodes] = 0
             self._plan_decodes(cam, num_decodes, options, counts)
-        prompts = prefill = None
+        prompts: PromptRows | None = None
+        prefill = None
         if num_prefills:
-            first_token = cam.query_start_loc_cpu[num_decodes:] - num_decode_tokens
-            block_table = cam.block_table_tensor[num_decodes:]
-            seq_lens = cam.seq_lens[num_decodes:]
+            rest, rest_options = rest_of_batch(cam, options, num_decodes)
+            heads = (self.num_heads, self.num_kv_heads)
             if self.plan.config.phases != "decode":
                 prompts = counts.prompts = plan_prompts(
                     self.dial,
                     self.plan.config.prefill_k,
-                    block_table,
-                    first_token,
-                    seq_lens,
-                    {
-                        row - num_decodes: asked
-                        for row, asked in options.items()
-                        if row >= num_decodes
-                    },
-                    self.num_heads,
-                    self.num_kv_heads,
+                    rest.block_table_tensor,
+                    rest.query_start_loc_cpu,
+                    rest.seq_lens,
+                    rest_options,
+                    *heads,
                 )
             elif self.kernel_impl == "native":
-                prompts = dense_prompts(
-                    block_table,
-                    first_token,
-                    seq_lens,
-                    self.num_layers,
-                    self.num_heads,
-                    self.num_kv_heads,
-                )
+                prompts = dense_prompts(rest, self.num_layers, *heads)
             else:  # our PyTorch path holds all scores of a prompt at once
-                rest = cam.replace(
-                    query_start_loc=cam.query_start_loc[num_decodes:] - num_decode_tokens,
-                    query_start_loc_cpu=first_token,
-                    seq_lens=seq_lens,
-                    num_reqs=num_prefills,
-                    num_actual_tokens=cam.num_actual_tokens - num_decode_tokens,
-                    block_table_tensor=block_table,
-                    slot_mapping=cam.slot_mapping[num_decode_tokens:],
-                )
                 prefill = super().build(common_prefix_len, rest, fast_build)
         STEP_LOG.append(counts)
         return TopThetaCPUMetadata(cam.num_actual_tokens, counts.decode, prefill, prompts)

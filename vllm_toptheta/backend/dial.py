@@ -35,6 +35,32 @@ def row_options(cam: Any) -> dict[int, RequestOptions]:
     return {row: by_id[name] for row, name in enumerate(request_ids) if name in by_id}
 
 
+def rest_of_batch(
+    cam: Any, options: Mapping[int, RequestOptions], num_rows: int
+) -> tuple[Any, dict[int, RequestOptions]]:
+    """The requests after the first ones, as a batch of their own.
+
+    Args:
+        cam: vLLM's `CommonAttentionMetadata` of the whole batch.
+        options: from `row_options`.
+        num_rows: requests to leave out; there are more in the batch.
+
+    Returns:
+        Metadata and options of the others.
+    """
+    tokens = int(cam.query_start_loc_cpu[num_rows])
+    rest = cam.replace(
+        query_start_loc=cam.query_start_loc[num_rows:] - tokens,
+        query_start_loc_cpu=cam.query_start_loc_cpu[num_rows:] - tokens,
+        seq_lens=cam.seq_lens[num_rows:],
+        num_reqs=cam.num_reqs - num_rows,
+        num_actual_tokens=cam.num_actual_tokens - tokens,
+        block_table_tensor=cam.block_table_tensor[num_rows:],
+        slot_mapping=cam.slot_mapping[tokens:],
+    )
+    return rest, {row - num_rows: asked for row, asked in options.items() if row >= num_rows}
+
+
 @dataclass
 class RowPlan:
     """What decode rows are to do in every layer of one builder.

@@ -30,10 +30,11 @@ from vllm.v1.attention.backends.triton_attn import (
 )
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from vllm_toptheta.backend.dial import row_options
-from vllm_toptheta.backend.gpu_prompts import PromptRows, plan_prompts
+from vllm_toptheta.backend.dial import rest_of_batch, row_options
+from vllm_toptheta.backend.gpu_prompts import plan_prompts
 from vllm_toptheta.backend.gpu_tensors import DecodeRows, LayerShape, StepTensors
 from vllm_toptheta.backend.plan import Plan
+from vllm_toptheta.backend.prompts import PromptRows
 from vllm_toptheta.backend.registration import NAME
 from vllm_toptheta.backend.sidecar import pad_page, v_means_view
 from vllm_toptheta.backend.step import GPUStepCounts
@@ -230,16 +231,7 @@ class TopThetaGPUMetadataBuilder(TritonAttentionMetadataBuilder):
             )
         prefill, prompts = None, None
         if num_rows < cam.num_reqs:
-            tokens = int(cam.query_start_loc_cpu[num_rows])
-            rest = cam.replace(
-                query_start_loc=cam.query_start_loc[num_rows:] - tokens,
-                query_start_loc_cpu=cam.query_start_loc_cpu[num_rows:] - tokens,
-                seq_lens=cam.seq_lens[num_rows:],
-                num_reqs=cam.num_reqs - num_rows,
-                num_actual_tokens=cam.num_actual_tokens - tokens,
-                block_table_tensor=cam.block_table_tensor[num_rows:],
-                slot_mapping=cam.slot_mapping[tokens:],
-            )
+            rest, rest_options = rest_of_batch(cam, options, num_rows)
             if self.plan.config.phases == "decode":
                 prefill = super().build(common_prefix_len, rest, fast_build)
             else:
@@ -249,7 +241,7 @@ class TopThetaGPUMetadataBuilder(TritonAttentionMetadataBuilder):
                     rest.query_start_loc,
                     rest.seq_lens,
                     rest.num_actual_tokens,
-                    {row - num_rows: asked for row, asked in options.items() if row >= num_rows},
+                    rest_options,
                 )
         STEP_LOG.append(
             GPUStepCounts(

@@ -4,42 +4,13 @@ Prompts never run inside a captured graph, so their tensors are made for the ste
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vllm_toptheta.backend.gpu_tensors import StepTensors
-from vllm_toptheta.kernels.triton_counts import CountedPrompts
+from vllm_toptheta.backend.prompts import PromptRows
 from vllm_toptheta.request_options import RequestOptions
-
-
-@dataclass
-class PromptRows:
-    """The prompt tokens of one step, for all layers of one builder.
-
-    Attributes:
-        block_table: [num_prompts, max_blocks] int32.
-        query_start_loc: [num_prompts + 1] int32, first token of each prompt, from 0.
-        seq_lens: [num_prompts] int32.
-        theta: [num_layers, num_tokens, num_heads] float32, units of q.k * sm_scale.
-        dense: [num_layers, num_tokens] int8, rows that run without pruning.
-        num_kept: [num_layers, num_tokens, num_heads] int32, written by the kernel.
-        v_tiles_read: [num_layers, num_tokens, num_kv_heads] int32, written by the kernel.
-    """
-
-    block_table: Tensor
-    query_start_loc: Tensor
-    seq_lens: Tensor
-    theta: Tensor
-    dense: Tensor
-    num_kept: Tensor
-    v_tiles_read: Tensor
-
-    @property
-    def counted(self) -> CountedPrompts:
-        """What the counters need."""
-        return CountedPrompts(self.dense, self.num_kept, self.v_tiles_read)
 
 
 def plan_prompts(

@@ -15,17 +15,16 @@ from vllm_toptheta.request_options import RequestOptions
 
 
 @dataclass
-class PromptStep:
-    """The prompt tokens of one step, for all layers of one metadata builder.
+class PromptRows:
+    """The prompt tokens of one step, for all layers of one metadata builder, on either device.
 
     Attributes:
         block_table: [num_prompts, max_blocks] int32.
         query_start_loc: [num_prompts + 1] int32, first token of each prompt, from 0.
         seq_lens: [num_prompts] int32.
         theta: [num_layers, num_tokens, num_heads] float32, units of q.k * sm_scale.
-        dense: [num_layers, num_tokens] bool, rows that run without pruning.
-        visible: [num_layers, num_tokens] int64, keys a row sees.
-        row_lens: [num_tokens] int64, position of each token plus one.
+        dense: [num_layers, num_tokens], rows that run without pruning; bool on a CPU, int8 on a
+            GPU.
         num_kept: [num_layers, num_tokens, num_heads] int32, written by the kernel.
         v_tiles_read: [num_layers, num_tokens, num_kv_heads] int32, written by the kernel.
     """
@@ -35,10 +34,21 @@ class PromptStep:
     seq_lens: torch.Tensor
     theta: torch.Tensor
     dense: torch.Tensor
-    visible: torch.Tensor
-    row_lens: torch.Tensor
     num_kept: torch.Tensor
     v_tiles_read: torch.Tensor
+
+
+@dataclass
+class PromptStep(PromptRows):
+    """Prompt tokens that are pruned and counted on a CPU.
+
+    Attributes:
+        visible: [num_layers, num_tokens] int64, keys a row sees.
+        row_lens: [num_tokens] int64, position of each token plus one.
+    """
+
+    visible: torch.Tensor
+    row_lens: torch.Tensor
 
     def counts(self) -> dict[str, np.ndarray[Any, Any]]:
         """Telemetry columns of every prompt, each [num_layers, num_prompts] int64."""
@@ -60,39 +70,27 @@ class PromptStep:
         }
 
 
-def dense_prompts(
-    block_table: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
-    num_layers: int,
-    num_heads: int,
-    num_kv_heads: int,
-) -> PromptStep:
-    """A step whose prompt tokens keep every key.
+def dense_prompts(cam: Any, num_layers: int, num_heads: int, num_kv_heads: int) -> PromptRows:
+    """Prompt tokens that keep every key.
 
     All layers share one of everything: nothing differs between them, and nobody counts.
 
     Args:
-        block_table: [num_prompts, max_blocks] int32.
-        query_start_loc: [num_prompts + 1] int32 on the CPU, from 0.
-        seq_lens: [num_prompts] int32.
+        cam: vLLM's `CommonAttentionMetadata` of the prompts.
         num_layers: of the builder.
         num_heads, num_kv_heads: of this rank.
     """
-    row_lens = _row_lens(query_start_loc, seq_lens)
-    tokens = len(row_lens)
+    tokens = cam.num_actual_tokens
 
     def by_layer(one: torch.Tensor) -> torch.Tensor:
         return one.expand(num_layers, *one.shape)
 
-    return PromptStep(
-        block_table=block_table,
-        query_start_loc=query_start_loc.to(torch.int32),
-        seq_lens=seq_lens,
+    return PromptRows(
+        block_table=cam.block_table_tensor,
+        query_start_loc=cam.query_start_loc_cpu.to(torch.int32),
+        seq_lens=cam.seq_lens,
         theta=by_layer(torch.full((num_heads,), -torch.inf).expand(tokens, num_heads)),
         dense=by_layer(torch.ones(tokens, dtype=torch.bool)),
-        visible=by_layer(row_lens),
-        row_lens=row_lens,
         num_kept=by_layer(torch.empty((tokens, num_heads), dtype=torch.int32)),
         v_tiles_read=by_layer(torch.empty((tokens, num_kv_heads), dtype=torch.int32)),
     )
@@ -119,8 +117,11 @@ def plan_prompts(
         options: by prompt, where they are not the default ones.
         num_heads, num_kv_heads: of this rank.
     """
-    row_lens = _row_lens(query_start_loc, seq_lens)
-    tokens = len(row_lens)
+    query_lens = query_start_loc.diff().to(torch.int64)
+    # Row i of q sees n - q + i + 1 keys.
+    first = seq_lens - query_lens + 1 - query_start_loc[:-1]
+    tokens = int(query_start_loc[-1])
+    row_lens = torch.arange(tokens) + first.repeat_interleave(query_lens)
     starts = query_start_loc.tolist()
     by_token = {
         token: asked
@@ -140,10 +141,3 @@ def plan_prompts(
         num_kept=torch.empty((num_layers, tokens, num_heads), dtype=torch.int32),
         v_tiles_read=torch.empty((num_layers, tokens, num_kv_heads), dtype=torch.int32),
     )
-
-
-def _row_lens(query_start_loc: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
-    """[num_tokens] int64: row i of q query tokens and n cached keys sees n - q + i + 1 keys."""
-    query_lens = query_start_loc.diff().to(torch.int64)
-    first = seq_lens - query_lens + 1 - query_start_loc[:-1]
-    return torch.arange(int(query_start_loc[-1])) + first.repeat_interleave(query_lens)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from vllm.distributed import get_tp_group
 
-from vllm_toptheta.backend.gpu_prompts import PromptRows
 from vllm_toptheta.backend.gpu_tensors import StepTensors
-from vllm_toptheta.kernels.triton_counts import count_step
+from vllm_toptheta.backend.prompts import PromptRows
+from vllm_toptheta.kernels.triton_counts import CountedPrompts, count_step
 from vllm_toptheta.telemetry.counters import FIELDS
 
 
@@ -46,13 +46,17 @@ class GPUStepCounts:
         """Counts as `StepLog.append` wants them, on the device."""
         shape = (self.num_reqs, self.num_layers, len(FIELDS))
         counts = torch.zeros(shape, dtype=torch.int64, device=self.seq_lens.device)
-        phases = self.tensors.plan.config.phases
+        phases, prompts = self.tensors.plan.config.phases, None
+        if self.prompts is not None:
+            prompts = CountedPrompts(
+                self.prompts.dense, self.prompts.num_kept, self.prompts.v_tiles_read
+            )
         count_step(
             self.seq_lens,
             self.query_start_loc,
             self.tensors.layers,
             self.tensors.counted(self.num_rows),
-            None if self.prompts is None else self.prompts.counted,
+            prompts,
             prunes_prompts=phases != "decode",
             prunes_generated=phases != "prefill",
             out=counts,

@@ -158,9 +158,14 @@ class _Counts:
 
 
 def _totals(steps: list[Any], received: dict[str, torch.Tensor]) -> torch.Tensor | None:
-    parts = [step.totals() for step in steps]
-    parts += [tensor.to(parts[0].device) for tensor in received.values()]
-    return sum(parts[1:], start=parts[0]) if parts else None
+    parts = [*received.values(), *(step.totals() for step in steps)]
+    if not parts:
+        return None
+    # On the device of this stage's own steps, where it has attention layers.
+    total: torch.Tensor = parts[-1]
+    for part in parts[:-1]:
+        total = total + part.to(total.device)
+    return total
 
 
 def _hand_on(tensors: dict[str, torch.Tensor], received: dict[str, torch.Tensor]) -> None:
