@@ -1,8 +1,12 @@
-"""Paged caches, float64 references and timing for the GPU scripts; needs torch and triton only."""
+"""The device, paged caches and their float64 references for the GPU scripts; needs torch and triton
+only.
+"""
 
+import copy
 import dataclasses
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +19,77 @@ from vllm_toptheta.kernels.reference import (
     select_by_theta,
     weighted_values,
 )
-from vllm_toptheta.kernels.triton_config import LaunchConfig, choose_config, choose_num_splits
+from vllm_toptheta.kernels.triton_config import (
+    MAX_SPLITS,
+    LaunchConfig,
+    choose_config,
+    choose_num_splits,
+)
 from vllm_toptheta.kernels.triton_decode import DecodeScratch, decode_attention
 from vllm_toptheta.kernels.triton_means import update_v_means
+
+E4M3 = torch.float8_e4m3fn
+
+ALL_DENSE = 2**30
+"""As a shape's min_kv_len: no row is pruned."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the scripts run on: a GPU, or Triton's interpreter on the CPU, which is for tiny shapes
+    and measures nothing.
+
+    Attributes:
+        num_units: multiprocessors.
+        has_e4m3: whether kernels can read a cache of that type.
+    """
+
+    device: torch.device
+    name: str
+    num_units: int
+    has_e4m3: bool
+
+    @classmethod
+    def find(cls) -> "Machine":
+        """The current GPU.
+
+        Raises:
+            RuntimeError: there is none, and TRITON_INTERPRET=1 is not set.
+        """
+        if torch.cuda.is_available():
+            properties = torch.cuda.get_device_properties(0)
+            # AMD has a type of its own before gfx950, which these scripts do not make.
+            e4m3 = torch.version.hip is None and (properties.major, properties.minor) >= (8, 9)
+            device = torch.device("cuda", 0)
+            return cls(device, properties.name, properties.multi_processor_count, e4m3)
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            raise RuntimeError(
+                f"torch {torch.__version__} finds no GPU; with TRITON_INTERPRET=1 this script "
+                "tries itself out on tiny shapes"
+            )
+        return cls(torch.device("cpu"), "no GPU, Triton's interpreter", 4, True)
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def fits(self, size: float) -> bool:
+        """Whether this many bytes are free, with a tenth of the memory to spare."""
+        if not self.is_gpu:
+            return True
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self.device)
+        return size < free - 0.1 * total
+
+
+def error_budget(dtype: torch.dtype, expected: Tensor, floor: float = 0.0) -> float:
+    """Rounding outputs, probabilities and means to the compute dtype, with a factor 2 to spare.
+
+    Args:
+        expected: float64 outputs.
+        floor: magnitude of what is rounded on the way, where outputs may be smaller.
+    """
+    return 2 * torch.finfo(dtype).eps * max(float(expected.abs().max()), floor)
 
 
 @dataclass
@@ -28,7 +100,7 @@ class Shape:
         lens: cached keys of every row.
         heads: query heads per kv head.
         k: keys a head keeps, about.
-        dense: whether all rows run dense.
+        min_kv_len: rows that see at most so many keys run dense.
         best_only: whether every second head's theta lies above all scores.
     """
 
@@ -45,7 +117,7 @@ class Shape:
     soft_cap: float | None = None
     sinks: bool = False
     compensation: bool = True
-    dense: bool = False
+    min_kv_len: int = 0
     best_only: bool = False
 
     @property
@@ -62,6 +134,23 @@ class Shape:
         per_token = 2 * self.num_kv_heads * self.head_dim * self.stored.itemsize
         return sum(self.lens) * per_token
 
+    @property
+    def means_ratio(self) -> float:
+        """Bytes of the V means over bytes of V: 1 / group_size, twice that beside float8."""
+        if not self.compensation:
+            return 0.0
+        return self.dtype.itemsize / self.stored.itemsize / self.group_size
+
+    @property
+    def rows(self) -> str:
+        """How many rows of which lengths."""
+        lens = dict.fromkeys(self.lens)
+        return " + ".join(f"{self.lens.count(length)} x {length}" for length in lens)
+
+    @property
+    def cache_name(self) -> str:
+        return str(self.stored).removeprefix("torch.")
+
     def describe(self) -> str:
         changed = []
         for field in dataclasses.fields(self):
@@ -74,8 +163,9 @@ class Shape:
 class Batch:
     """Tensors of a shape on a device, and the launch of the kernels on them."""
 
-    def __init__(self, shape: Shape, device: torch.device, seed: int = 0, num_units: int = 1):
-        self.shape, self.device = shape, device
+    def __init__(self, shape: Shape, machine: Machine, seed: int = 0):
+        self.shape, self.machine, self.device = shape, machine, machine.device
+        device = self.device
         generator = torch.Generator(device=device).manual_seed(seed)
         size, dim, kv_heads = shape.block_size, shape.head_dim, shape.num_kv_heads
         blocks = [math.ceil(n / size) for n in shape.lens]
@@ -115,16 +205,23 @@ class Batch:
         self.sinks = None
         if shape.sinks:
             self.sinks = torch.linspace(-1, 2, shape.num_heads, device=device)
-        self.dense = torch.full((len(blocks),), int(shape.dense), dtype=torch.int8, device=device)
+        self.dense = self.dense_flags()
         self.theta = self.gaussian_theta()
-        self.num_units = num_units
         self.config = choose_config(
-            head_dim=dim, group_size=shape.group_size, cache_bytes=shape.stored.itemsize
+            head_dim=dim,
+            group_size=shape.group_size,
+            cache_bytes=shape.stored.itemsize,
+            device=machine.name,
+        )
+        # One scratch serves all parts, as it serves all layers.
+        self.scratch = DecodeScratch.allocate(
+            len(blocks) * MAX_SPLITS, shape.num_heads, kv_heads, dim, device
         )
         self._allocate_outputs()
 
     def _allocate_outputs(self) -> None:
         shape, num_seqs = self.shape, len(self.shape.lens)
+        self.all_dense = torch.ones_like(self.dense)
         self.out = torch.empty_like(self.query)
         self.num_kept = torch.empty(
             num_seqs, shape.num_heads, dtype=torch.int32, device=self.device
@@ -132,19 +229,32 @@ class Batch:
         self.v_rows_read = torch.empty(
             num_seqs, shape.num_kv_heads, dtype=torch.int32, device=self.device
         )
-        self.scratch = DecodeScratch.allocate(
-            num_seqs * 64, shape.num_heads, shape.num_kv_heads, shape.head_dim, self.device
-        )
+
+    def part(self, first: int, count: int) -> "Batch":
+        """Some rows as a batch of their own on the same cache, with their own outputs."""
+        part = copy.copy(self)
+        lens = self.shape.lens[first : first + count]
+        part.shape = dataclasses.replace(self.shape, lens=lens)
+        # Copies, because kernels are specialised for the alignment of what they are given.
+        for name in ("query", "block_table", "seq_lens", "row_lens", "theta", "dense"):
+            setattr(part, name, getattr(self, name)[first : first + count].clone())
+        part._allocate_outputs()
+        return part
+
+    def visible(self) -> Tensor:
+        """Keys that each row sees."""
+        return self.row_lens.clamp(max=self.shape.window or ALL_DENSE)
+
+    def dense_flags(self) -> Tensor:
+        """[num_rows] int8, rows that are too short to be pruned."""
+        return (self.visible() <= self.shape.min_kv_len).to(torch.int8)
 
     def gaussian_theta(self) -> Tensor:
         """[num_rows, num_heads] thresholds that about k of a row's normally distributed scores
         reach.
         """
         deviation = self.query.float().norm(dim=-1) * self.sm_scale * self.scales[0]
-        lens = self.row_lens.clamp(min=1).float()
-        if self.shape.window is not None:
-            lens = lens.clamp(max=self.shape.window)
-        tail = (self.shape.k / lens).clamp(max=0.999)
+        tail = (self.shape.k / self.visible().clamp(min=1).float()).clamp(max=0.999)
         quantile = math.sqrt(2) * torch.erfinv(1 - 2 * tail)
         return deviation * quantile[:, None]
 
@@ -153,7 +263,7 @@ class Batch:
         return choose_num_splits(
             len(self.shape.lens),
             self.shape.num_kv_heads,
-            self.num_units,
+            self.machine.num_units,
             self.config.programs_per_unit,
         )
 
@@ -196,7 +306,9 @@ class Batch:
         """[length, num_kv_heads, head_dim] of one row, as stored."""
         length = self.shape.lens[seq]
         blocks = self.block_table[seq, : math.ceil(length / self.shape.block_size)].long()
-        return cache[blocks].transpose(1, 2).flatten(0, 1)[:length]
+        # As integers: not every torch gathers float8.
+        bits = cache.view({1: torch.uint8, 2: torch.int16}[cache.itemsize])[blocks]
+        return bits.transpose(1, 2).flatten(0, 1)[:length].view(cache.dtype)
 
     def scores(self, seq: int) -> Tensor:
         """[num_heads, length] float64."""
@@ -210,10 +322,15 @@ class Batch:
             soft_cap=self.shape.soft_cap,
         )[:, 0]
 
-    def place_theta_in_gaps(self) -> None:
-        """Move thresholds into gaps between scores near rank k that no rounding can bridge."""
-        for seq, length in enumerate(self.shape.lens):
-            if length == 0:
+    def place_theta_in_gaps(self, seqs: Iterable[int] | None = None, ranks: int = 64) -> None:
+        """Move thresholds into gaps between scores that no rounding can bridge.
+
+        Args:
+            seqs: rows, all by default.
+            ranks: the gap is among so many from rank k on.
+        """
+        for seq in range(len(self.shape.lens)) if seqs is None else seqs:
+            if self.shape.lens[seq] == 0:
                 continue
             ordered = self.scores(seq).sort(dim=-1, descending=True).values
             visible = int((ordered[0] > -math.inf).sum())
@@ -221,18 +338,19 @@ class Batch:
             if first == visible:
                 self.theta[seq] = -1e30
                 continue
-            self.theta[seq] = self.theta_in_gap(ordered, first)
+            self.theta[seq] = self.theta_in_gap(ordered, first, ranks)
 
-    def theta_in_gap(self, ordered: Tensor, first: int) -> Tensor:
+    def theta_in_gap(self, ordered: Tensor, first: int, ranks: int) -> Tensor:
         """[num_heads] thresholds in the widest gap between scores from rank `first` on, or above
         all of them where a shape wants the best key alone.
 
         Args:
             ordered: [num_heads, length] scores of a row, the highest first.
             first: keys to keep at least, fewer than are visible.
+            ranks: keys to keep at most beyond these.
         """
         visible = int((ordered[0] > -math.inf).sum())
-        last = min(first + 64, visible - 1)
+        last = min(first + ranks, visible - 1)
         gaps = ordered[:, first - 1 : last] - ordered[:, first : last + 1]
         at = gaps.argmax(-1, keepdim=True) + first - 1
         theta = ((ordered.gather(-1, at) + ordered.gather(-1, at + 1)) / 2)[:, 0].float()
@@ -249,8 +367,6 @@ class Batch:
             scores: [num_heads, num_rows, length] float64.
             theta: [num_heads, num_rows] float64.
         """
-        if self.shape.dense:
-            theta = torch.full_like(theta, -math.inf)
         kept = select_by_theta(scores, theta)
         weights = attention_weights(
             scores,
@@ -261,12 +377,63 @@ class Batch:
         value = self.row(self.value_cache, seq).double() * self.scales[1]
         return kept, weighted_values(weights, value)
 
-    def expected(self, seq: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Output (float64), num_kept and v_rows_read of the specification."""
+    def expected(self, seq: int, *, dense: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Output (float64), num_kept and v_rows_read of the specification; of dense attention where
+        asked.
+        """
         theta = self.theta[seq].double()[:, None]
+        if dense or self.dense[seq]:
+            theta = torch.full_like(theta, -math.inf)
         kept, out = self.specified(seq, self.scores(seq)[:, None], theta)
         rows = count_v_rows(kept, self.shape.num_kv_heads)[0]
         return out[0], kept.sum(-1)[:, 0], rows
+
+    # What the benchmarks need of a batch; prompts have their own.
+
+    def checked_seqs(self) -> list[int]:
+        """Rows that a benchmark compares with float64."""
+        return sorted({0, len(self.shape.lens) - 1})
+
+    def prepare(self, k: int) -> None:
+        """Thresholds for k; those of the compared rows lie in gaps."""
+        self.shape.k = k
+        self.theta.copy_(self.gaussian_theta())
+        self.place_theta_in_gaps(self.checked_seqs(), ranks=max(4, k // 8))
+
+    def run(self) -> Tensor:
+        self.launch()
+        return self.out
+
+    def run_dense(self) -> Tensor:
+        self.launch(dense=self.all_dense)
+        return self.out
+
+    def verify(self) -> tuple[float, bool]:
+        """Largest error of the last run over its budget, and whether counts are right."""
+        worst, counts = 0.0, True
+        for seq in self.checked_seqs():
+            out, kept, rows = self.expected(seq)
+            worst = max(worst, self._error(self.out[seq], out))
+            counts &= torch.equal(self.num_kept[seq].long(), kept)
+            counts &= torch.equal(self.v_rows_read[seq].long(), rows)
+        return worst, counts
+
+    def dense_error(self, out: Tensor) -> float:
+        """Largest error over its budget of what a dense kernel returned, as self.out."""
+        seqs = self.checked_seqs()
+        return max(self._error(out[seq], self.expected(seq, dense=True)[0]) for seq in seqs)
+
+    def _error(self, out: Tensor, expected: Tensor) -> float:
+        budget = error_budget(self.shape.dtype, expected)
+        return float((out.double() - expected).abs().max()) / budget
+
+    def fractions(self) -> dict[str, float]:
+        """Of the last run: keys that heads kept, and V rows that were read."""
+        keys = sum(self.shape.lens)
+        return {
+            "kept_fraction": float(self.num_kept.sum()) / (keys * self.shape.num_heads),
+            "v_row_fraction": float(self.v_rows_read.sum()) / (keys * self.shape.num_kv_heads),
+        }
 
     def kept_sets(self, num_splits: int) -> Tensor:
         """[num_seqs, num_heads, longest] bool, read off outputs whose V rows tell the key's
@@ -293,37 +460,3 @@ class Batch:
             piece = (self.out > 0).cpu()[..., : longest - start]
             kept[..., start : start + piece.shape[-1]] = piece
         return kept
-
-
-def time_graphs(
-    variants: dict[str, Callable[[], object]], device: torch.device, repeats: int = 30
-) -> dict[str, tuple[float, float, float]]:
-    """Milliseconds (p20, p50, p80) of each variant: graphs, cold cache, interleaved."""
-    flush = torch.empty(256 << 20, dtype=torch.int8, device=device)
-    graphs = {}
-    for name, variant in variants.items():
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                variant()
-        torch.cuda.current_stream().wait_stream(stream)
-        graphs[name] = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graphs[name]):
-            variant()
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for repeat in range(repeats + 3):
-        for name, graph in graphs.items():
-            flush.zero_()
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            if repeat >= 3:
-                times[name].append(begin.elapsed_time(end))
-    points = torch.tensor([0.2, 0.5, 0.8])
-    return {
-        name: tuple(torch.tensor(values).quantile(points).tolist())  # type: ignore[misc]
-        for name, values in times.items()
-    }

@@ -3,9 +3,10 @@ some of its rows; needs torch and triton only.
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
-from gpu_lib import Batch, Shape
+from gpu_lib import Batch, Machine, Shape
 from torch import Tensor
 
 from vllm_toptheta.kernels.cpu_prefill import V_TILE
@@ -24,10 +25,9 @@ class PromptBatch(Batch):
         row_lens: [num_tokens], keys that each of them sees, windows left aside.
     """
 
-    def __init__(
-        self, shape: Shape, query_lens: tuple[int, ...], device: torch.device, seed: int = 0
-    ):
-        super().__init__(shape, device, seed)
+    def __init__(self, shape: Shape, query_lens: tuple[int, ...], machine: Machine, seed: int = 0):
+        super().__init__(shape, machine, seed)
+        device = self.device
         self.query_lens = query_lens
         self.starts = [sum(query_lens[:seq]) for seq in range(len(query_lens) + 1)]
         tokens = self.starts[-1]
@@ -37,7 +37,8 @@ class PromptBatch(Batch):
         self.query_start_loc = torch.tensor(self.starts, dtype=torch.int32, device=device)
         spans = zip(shape.lens, query_lens, strict=True)
         self.row_lens = torch.cat([torch.arange(n - q, n) + 1 for n, q in spans]).to(device)
-        self.dense = torch.full((tokens,), int(shape.dense), dtype=torch.int8, device=device)
+        self.dense = self.dense_flags()
+        self.all_dense = torch.ones_like(self.dense)
         self.theta = self.gaussian_theta()
         self.prompt_config = choose_prefill_config(
             head_dim=shape.head_dim,
@@ -112,9 +113,9 @@ class PromptBatch(Batch):
             soft_cap=self.shape.soft_cap,
         )
 
-    def place_theta_in_gaps(self) -> None:
+    def place_theta_in_gaps(self, seqs: Iterable[int] | None = None, ranks: int = 64) -> None:
         """Move the thresholds of the checked rows into the widest gap of scores near rank k."""
-        for seq in range(len(self.query_lens)):
+        for seq in range(len(self.query_lens)) if seqs is None else seqs:
             rows = self.checked_rows(seq)
             ordered = self.row_scores(seq, rows).sort(dim=-1, descending=True).values
             for at, row in enumerate(rows.tolist()):
@@ -124,12 +125,52 @@ class PromptBatch(Batch):
                 if first == 0:
                     self.theta[row] = -1e30
                     continue
-                self.theta[row] = self.theta_in_gap(ranked, first)
+                self.theta[row] = self.theta_in_gap(ranked, first, ranks)
 
-    def expected_rows(self, seq: int, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Output (float64), num_kept and v_tiles_read of the specification."""
-        kept, out = self.specified(seq, self.row_scores(seq, rows), self.theta[rows].double().T)
+    def expected_rows(
+        self, seq: int, rows: Tensor, *, dense: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Output (float64), num_kept and v_tiles_read of the specification; of dense attention
+        where asked.
+        """
+        flags = (self.all_dense if dense else self.dense)[rows].bool()
+        theta = self.theta[rows].double().masked_fill(flags[:, None], -math.inf)
+        kept, out = self.specified(seq, self.row_scores(seq, rows), theta.T)
         read = kept.unflatten(0, (self.shape.num_kv_heads, -1)).any(1)
         read = torch.nn.functional.pad(read, (0, -read.shape[-1] % V_TILE))
         tiles = read.unflatten(-1, (-1, V_TILE)).any(-1).sum(-1).T
         return out, kept.sum(-1).T, tiles
+
+    def run(self) -> Tensor:
+        self.attend()
+        return self.out
+
+    def run_dense(self) -> Tensor:
+        self.attend(dense=self.all_dense)
+        return self.out
+
+    def verify(self) -> tuple[float, bool]:
+        worst, counts = 0.0, True
+        for seq in self.checked_seqs():
+            rows = self.checked_rows(seq)
+            out, kept, tiles = self.expected_rows(seq, rows)
+            worst = max(worst, self._error(self.out[rows], out))
+            counts &= torch.equal(self.num_kept[rows].long(), kept)
+            counts &= torch.equal(self.v_tiles_read[rows].long(), tiles)
+        return worst, counts
+
+    def dense_error(self, out: Tensor) -> float:
+        errors = []
+        for seq in self.checked_seqs():
+            rows = self.checked_rows(seq)
+            errors.append(self._error(out[rows], self.expected_rows(seq, rows, dense=True)[0]))
+        return max(errors)
+
+    def fractions(self) -> dict[str, float]:
+        """Of the last run: keys that heads kept, and tiles of V with a kept key, by query token."""
+        keys = float(self.row_lens.sum())
+        tiles = float((self.row_lens + V_TILE - 1).div(V_TILE, rounding_mode="floor").sum())
+        return {
+            "kept_fraction": float(self.num_kept.sum()) / (keys * self.shape.num_heads),
+            "v_tile_fraction": float(self.v_tiles_read.sum()) / (tiles * self.shape.num_kv_heads),
+        }

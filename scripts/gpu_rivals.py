@@ -1,0 +1,178 @@
+"""Dense attention kernels that the GPU scripts compare ours with: torch's, and vLLM's Triton
+kernel, installed or carried by scripts/carry_vllm_triton.
+"""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+import triton
+from gpu_lib import Batch
+from gpu_prompts import PromptBatch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+CARRIED = Path(__file__).resolve().parent.parent / "build" / "vllm_triton"
+MODULE = "vllm.v1.attention.ops.triton_unified_attention"
+
+# What vLLM's backend passes: a split in 16 for batches too small for a grid of 128 programs.
+SEGMENTS, SMALL_GRID = 16, 128
+
+
+@dataclass(frozen=True)
+class Rival:
+    """One dense kernel on one batch.
+
+    Attributes:
+        run: the launch, as it is timed.
+        rows: what it returns, as [num_rows, num_heads, head_dim].
+    """
+
+    run: Callable[[], Tensor]
+    rows: Callable[[Tensor], Tensor] = lambda out: out
+
+
+@dataclass(frozen=True)
+class VllmTriton:
+    """vLLM's module of the kernel, and where it comes from."""
+
+    module: ModuleType
+    origin: str
+
+    @classmethod
+    def find(cls, folder: Path | None, *, installed: bool) -> "VllmTriton | None":
+        """The carried kernel where there is one, else that of an installed vLLM, else None.
+
+        Args:
+            folder: where scripts/carry_vllm_triton wrote it; None for its default.
+            installed: whether an installed vLLM may be used.
+
+        Raises:
+            ValueError: there is no kernel in the folder that was asked for.
+        """
+        if folder is not None and not (folder / "vllm").is_dir():
+            raise ValueError(
+                f"{folder} holds no vLLM kernel; write it with scripts/carry_vllm_triton {folder} "
+                "where vLLM is installed"
+            )
+        folder = folder or CARRIED
+        if (folder / "vllm").is_dir():
+            sys.path.insert(0, str(folder.resolve()))
+        elif not installed or importlib.util.find_spec("vllm") is None:
+            return None
+        module = importlib.import_module(MODULE)
+        version, path = sys.modules["vllm"].__version__, Path(str(module.__file__))
+        return cls(module, f"vLLM {version}, {path.parents[4]}")
+
+    def rivals(self, batch: Batch) -> Iterator[tuple[str, Rival]]:
+        shape, num_seqs = batch.shape, len(batch.shape.lens)
+        if isinstance(batch, PromptBatch):
+            starts, longest = batch.query_start_loc, max(batch.query_lens)
+        else:
+            starts = torch.arange(num_seqs + 1, dtype=torch.int32, device=batch.device)
+            longest = 1
+        threshold = SMALL_GRID // shape.num_kv_heads
+        rows = (min(num_seqs, threshold), shape.num_heads, SEGMENTS)
+        dim = triton.next_power_of_2(shape.head_dim)
+        partial = torch.empty(*rows, dim, device=batch.device)
+        maxima, sums = (torch.empty(rows, device=batch.device) for _ in range(2))
+        out = torch.empty_like(batch.query)
+        modes, is_quantised = self.module.KVQuantMode, shape.cache_dtype is not None
+
+        def run() -> Tensor:
+            self.module.unified_attention(
+                q=batch.query,
+                k=batch.key_cache.transpose(1, 2),
+                v=batch.value_cache.transpose(1, 2),
+                out=out,
+                cu_seqlens_q=starts,
+                max_seqlen_q=longest,
+                seqused_k=batch.seq_lens,
+                max_seqlen_k=max(shape.lens),
+                softmax_scale=batch.sm_scale,
+                causal=True,
+                window_size=(-1, -1),
+                block_table=batch.block_table,
+                softcap=0,
+                q_descale=None,
+                k_descale=batch.k_scale,
+                v_descale=batch.v_scale,
+                seq_threshold_3D=threshold,
+                num_par_softmax_segments=SEGMENTS,
+                softmax_segm_output=partial,
+                softmax_segm_max=maxima,
+                softmax_segm_expsum=sums,
+                kv_quant_mode=modes.FP8_PER_TENSOR if is_quantised else modes.NONE,
+            )
+            return out
+
+        yield "vllm triton", Rival(run)
+
+
+def sdpa_rivals(batch: Batch) -> Iterator[tuple[str, Rival]]:
+    """torch's kernels on contiguous K and V: the group's heads as it takes them, and for decode as
+    rows of one head. They have neither float8 nor rows of different lengths.
+    """
+    shape = batch.shape
+    if shape.cache_dtype is not None or len(set(shape.lens)) != 1:
+        return
+    if not batch.machine.fits(shape.cache_bytes):
+        print(f"     no room for torch's kernels beside {shape.describe()}")
+        return
+    key, value = (_contiguous(batch, cache) for cache in (batch.key_cache, batch.value_cache))
+    backends = [("math", SDPBackend.MATH)]
+    if batch.machine.is_gpu:
+        flash, cudnn = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
+        backends = [("flash", flash), ("cudnn", cudnn)]
+
+    def runner(backend: SDPBackend, query: Tensor, causal: bool) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(
+                    query,
+                    key,
+                    value,
+                    scale=batch.sm_scale,
+                    is_causal=causal,
+                    enable_gqa=query.shape[1] != key.shape[1],
+                )
+
+        return run
+
+    for name, backend in backends:
+        if isinstance(batch, PromptBatch):
+            query = batch.query.unflatten(0, (len(shape.lens), -1)).transpose(1, 2).contiguous()
+            yield (
+                f"sdpa {name}",
+                Rival(runner(backend, query, True), lambda out: out.transpose(1, 2).flatten(0, 1)),
+            )
+            continue
+        query = batch.query[:, :, None]
+        packed = batch.query.unflatten(1, (shape.num_kv_heads, shape.heads))
+        yield f"sdpa {name}", Rival(runner(backend, query, False), lambda out: out[:, :, 0])
+        yield (
+            f"sdpa {name} packed",
+            Rival(runner(backend, packed, False), lambda out: out.flatten(1, 2)),
+        )
+
+
+def _contiguous(batch: Batch, cache: Tensor) -> Tensor:
+    """[num_seqs, num_kv_heads, length, head_dim], rows of one length."""
+    shape = batch.shape
+    size = (len(shape.lens), shape.num_kv_heads, shape.lens[0], shape.head_dim)
+    rows = torch.empty(size, dtype=cache.dtype, device=cache.device)
+    for seq in range(len(shape.lens)):
+        rows[seq].copy_(batch.row(cache, seq).transpose(0, 1))
+    return rows
+
+
+def dense_rivals(batch: Batch, vllm: VllmTriton | None) -> dict[str, Rival]:
+    """Every dense kernel that may be able to compute this batch, ours among them."""
+    found = {"toptheta dense": Rival(batch.run_dense), **dict(sdpa_rivals(batch))}
+    return found | (dict(vllm.rivals(batch)) if vllm else {})
