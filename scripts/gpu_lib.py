@@ -82,14 +82,17 @@ class Machine:
         return size < free - 0.1 * total
 
 
-def error_budget(dtype: torch.dtype, expected: Tensor, floor: float = 0.0) -> float:
-    """Rounding outputs, probabilities and means to the compute dtype, with a factor 2 to spare.
+def error_of_budget(out: Tensor, expected: Tensor, floor: float = 0.0) -> float:
+    """Largest error over what rounding outputs, probabilities and means to the outputs' dtype may
+    cost, with a factor 2 to spare; infinite where an output is not a number.
 
     Args:
         expected: float64 outputs.
         floor: magnitude of what is rounded on the way, where outputs may be smaller.
     """
-    return 2 * torch.finfo(dtype).eps * max(float(expected.abs().max()), floor)
+    error = float((out.double() - expected).abs().max())
+    budget = 2 * torch.finfo(out.dtype).eps * max(float(expected.abs().max()), floor)
+    return math.inf if math.isnan(error) else error / budget
 
 
 @dataclass
@@ -413,7 +416,7 @@ class Batch:
         worst, counts = 0.0, True
         for seq in self.checked_seqs():
             out, kept, rows = self.expected(seq)
-            worst = max(worst, self._error(self.out[seq], out))
+            worst = max(worst, error_of_budget(self.out[seq], out))
             counts &= torch.equal(self.num_kept[seq].long(), kept)
             counts &= torch.equal(self.v_rows_read[seq].long(), rows)
         return worst, counts
@@ -421,11 +424,7 @@ class Batch:
     def dense_error(self, out: Tensor) -> float:
         """Largest error over its budget of what a dense kernel returned, as self.out."""
         seqs = self.checked_seqs()
-        return max(self._error(out[seq], self.expected(seq, dense=True)[0]) for seq in seqs)
-
-    def _error(self, out: Tensor, expected: Tensor) -> float:
-        budget = error_budget(self.shape.dtype, expected)
-        return float((out.double() - expected).abs().max()) / budget
+        return max(error_of_budget(out[seq], self.expected(seq, dense=True)[0]) for seq in seqs)
 
     def fractions(self) -> dict[str, float]:
         """Of the last run: keys that heads kept, and V rows that were read."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 
 import torch
-from gpu_lib import Batch, Machine, Shape
+from gpu_lib import Batch, Machine, Shape, error_of_budget
 from torch import Tensor
 
 from vllm_toptheta.kernels.cpu_prefill import V_TILE
@@ -154,7 +154,7 @@ class PromptBatch(Batch):
         for seq in self.checked_seqs():
             rows = self.checked_rows(seq)
             out, kept, tiles = self.expected_rows(seq, rows)
-            worst = max(worst, self._error(self.out[rows], out))
+            worst = max(worst, error_of_budget(self.out[rows], out))
             counts &= torch.equal(self.num_kept[rows].long(), kept)
             counts &= torch.equal(self.v_tiles_read[rows].long(), tiles)
         return worst, counts
@@ -163,7 +163,8 @@ class PromptBatch(Batch):
         errors = []
         for seq in self.checked_seqs():
             rows = self.checked_rows(seq)
-            errors.append(self._error(out[rows], self.expected_rows(seq, rows, dense=True)[0]))
+            expected, *_ = self.expected_rows(seq, rows, dense=True)
+            errors.append(error_of_budget(out[rows], expected))
         return max(errors)
 
     def fractions(self) -> dict[str, float]:

@@ -108,4 +108,3 @@ def bytes_needed(shape: Shape) -> float:
     """
     row = max(shape.lens) * shape.num_kv_heads * shape.head_dim * 8
     return shape.cache_bytes * (1 + shape.means_ratio / 2) + 6 * row + (1 << 30)
-

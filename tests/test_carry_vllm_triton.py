@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from gpu_scripts import SCRIPTS, load_script, run_bare
@@ -16,7 +17,8 @@ pytestmark = needs_interpreter
 
 @pytest.fixture(scope="module")
 def carried(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("vllm", reason="there is no vLLM to carry the kernel out of")
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("there is no vLLM to carry the kernel out of")
     folder = tmp_path_factory.mktemp("vllm_triton")
     command = [sys.executable, SCRIPTS / "carry_vllm_triton", folder]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -54,6 +56,16 @@ def test_the_kernel_is_copied_unchanged_and_stand_ins_agree(carried: Path) -> No
         assert outputs[0] == outputs[1]
 
 
+SOURCE = """
+import torch
+import vllm.envs as envs
+from vllm.platforms import current_platform
+dtype, is_invariant = current_platform.fp8_dtype(), envs.VLLM_BATCH_INVARIANT
+def packed():
+    from vllm.v1.attention.ops.int4_per_token_head import unified_attention_int4
+"""
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
@@ -72,8 +84,20 @@ def test_the_kernel_is_copied_unchanged_and_stand_ins_agree(carried: Path) -> No
 )
 def test_another_vllm_that_needs_more_is_refused(source: str, message: str) -> None:
     script = load_script("carry_vllm_triton")
+    platform = SimpleNamespace(fp8_dtype=None)
+    there = {
+        "vllm.envs": SimpleNamespace(VLLM_BATCH_INVARIANT=False),
+        "vllm.platforms": SimpleNamespace(current_platform=platform),
+    }
+
+    def load(name: str) -> SimpleNamespace:
+        if name not in there:
+            raise ModuleNotFoundError(name)
+        return there[name]
+
+    script.check_imports("some.module", SOURCE, load)
     with pytest.raises(ValueError, match=message):
-        script.check_imports("some.module", source, script.STAND_INS)
+        script.check_imports("some.module", f"{SOURCE}\n{source}", load)
 
 
 def test_a_folder_without_the_kernel_is_refused(tmp_path: Path) -> None:
@@ -109,3 +133,28 @@ def test_the_carried_kernel_and_all_benchmarks_run_without_vllm(
     assert [record["cache"] for record in records[3:5]] == ["float16", "float8_e4m3fn"]
     assert done.stdout.count("not measured:") == 2
     assert "| 2 x 70 | 2 | float8_e4m3fn | 6 | – (toptheta dense) | – | –x |" in done.stdout
+
+
+def test_nothing_is_written_from_a_vllm_that_does_not_fit(tmp_path: Path) -> None:
+    script = load_script("carry_vllm_triton")
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or spec.origin is None:
+        pytest.skip("there is no vLLM to carry the kernel out of")
+    another, folder = tmp_path / "another", tmp_path / "carried"
+    for module in (*script.COPIED, *script.CUT_OUT):
+        path = script.path_of(another, module)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(script.path_of(Path(spec.origin).parent.parent, module).read_bytes())
+    (another / "vllm" / "__init__.py").write_text("")
+    kernel = script.path_of(another, script.COPIED[0])
+    kernel.write_text(kernel.read_text() + "\nis_new = current_platform.is_new()\n")
+    done = subprocess.run(
+        [sys.executable, SCRIPTS / "carry_vllm_triton", folder],
+        env={**os.environ, "PYTHONPATH": str(another)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1, done.stdout
+    assert "triton_unified_attention uses current_platform.is_new" in done.stderr
+    assert not (folder / "vllm").exists()

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from triton_interpreter import needs_interpreter
 
-pytestmark = needs_interpreter
+pytest.importorskip("triton")
 
 
 def test_the_bound_is_that_of_the_bytes() -> None:

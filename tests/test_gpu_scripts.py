@@ -99,6 +99,15 @@ def test_a_wrong_kernel_fails_every_check(
     assert not record["ok"]
     assert record["wrong"].keys() == {"toptheta dense"}
 
+    def spoils(*args: Any, **kwargs: Any) -> None:
+        right(*args, **kwargs)
+        kwargs["out"][-1, 0, 0] = math.nan
+
+    monkeypatch.setattr(gpu_lib, "decode_attention", spoils)
+    assert not script.check_correctness(tiny(lens=(70, 33)), machine, 0)["ok"]
+    (record,) = gpu_bench.bench_decode(tiny(lens=(70, 70)), [6], machine, None)
+    assert not record["ok"]
+
     def miscounts(*args: Any, **kwargs: Any) -> None:
         right(*args, **kwargs)
         kwargs["num_kept"].add_(1)
