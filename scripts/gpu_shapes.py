@@ -54,7 +54,10 @@ TINY_MIN_KV_LEN = 24
 
 def readable(shapes: list[Shape], machine: Machine) -> list[Shape]:
     """Shapes whose cache the machine can read."""
-    return [shape for shape in shapes if shape.cache_dtype != E4M3 or machine.has_e4m3]
+    unreadable = set() if machine.has_e4m3 else {E4M3}
+    if torch.version.hip:
+        unreadable.add(E5M2)
+    return [shape for shape in shapes if shape.cache_dtype not in unreadable]
 
 
 def timed_decode(options: argparse.Namespace, machine: Machine) -> list[Shape]:
