@@ -22,6 +22,27 @@ def test_layer_overrides_take_json_keys() -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, 128),
+        ({"k": 64}, 64),
+        ({"k": 64, "prefill_k": None}, 64),
+        ({"prefill_k": 80, "k": 64}, 80),
+    ],
+)
+def test_prompts_keep_k_keys_unless_told_otherwise(
+    options: dict[str, object], expected: float
+) -> None:
+    assert parse(options).prefill_k == expected
+
+
+def test_a_wrong_k_is_named_once() -> None:
+    with pytest.raises(ValueError, match="toptheta") as caught:
+        parse({"k": "many"})
+    assert "prefill_k" not in str(caught.value).split("Options are")[0]
+
+
+@pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"ks": 3}, ["unknown option 'ks'", "did you mean 'k'"]),
@@ -29,6 +50,8 @@ def test_layer_overrides_take_json_keys() -> None:
         ({"k": -1}, ["'k'", "greater than 0", "-1"]),
         ({"k": "many"}, ["'k'", "valid number", "'many'"]),
         ({"k": float("nan")}, ["'k'", "finite"]),
+        ({"prefill_k": 0}, ["'prefill_k'", "greater than 0", "0"]),
+        ({"prefill_k": "k"}, ["'prefill_k'", "valid number", "'k'"]),
         ({"min_kv_len": 1.5}, ["'min_kv_len'", "1.5"]),
         ({"compensation": "yes"}, ["'compensation'", "'yes'"]),
         ({"group_size": 24}, ["'group_size'", "16, 32, 64 or 128", "24"]),

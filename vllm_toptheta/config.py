@@ -5,7 +5,15 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 CONFIG_KEY = "toptheta"
 EXAMPLE = """--additional-config '{"toptheta": {"k": 128}}'"""
@@ -38,7 +46,7 @@ class TopThetaConfig(BaseModel):
         thresholds: "auto" (find a table by model identity), a shipped name, or a path to a table.
         k: mean keys a row keeps over all layers and heads; within the levels of the table.
         phases: which rows are pruned: generated tokens, prompt tokens, or both.
-        prefill_k: mean keys a prompt row keeps; None takes k.
+        prefill_k: mean keys a prompt row keeps where prompts are pruned; None becomes k.
         min_kv_len: rows that see at most this many keys run dense.
         compensation: add the lost mass times the mean V of its token group.
         group_size: tokens per compensation group; divides vLLM's block size.
@@ -52,9 +60,9 @@ class TopThetaConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     thresholds: str = "auto"
-    k: float = Field(default=128, gt=0, allow_inf_nan=False)
+    k: float = Field(default=128.0, gt=0, allow_inf_nan=False)
     phases: Literal["decode", "prefill", "both"] = "decode"
-    prefill_k: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    prefill_k: float = Field(default=None, validate_default=True, gt=0, allow_inf_nan=False)
     min_kv_len: int = Field(default=1024, ge=0)
     compensation: bool = True
     group_size: Literal[16, 32, 64, 128] = 16
@@ -63,6 +71,13 @@ class TopThetaConfig(BaseModel):
     max_k: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     allow_off: bool = True
     telemetry: bool = True
+
+    @field_validator("prefill_k", mode="before")
+    @classmethod
+    def _same_as_k(cls, value: Any, info: ValidationInfo) -> Any:
+        # Here alone, so that nobody after this asks again what None stands for. A wrong k is not
+        # there; its own error is enough.
+        return info.data.get("k", cls.model_fields["k"].default) if value is None else value
 
     @field_validator("layers", mode="before")
     @classmethod

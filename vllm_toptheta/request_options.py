@@ -112,22 +112,48 @@ _DEFAULT = RequestOptions()
 
 
 @dataclass(frozen=True)
+class TargetK:
+    """Mean keys a row is to keep, by phase; None where the rows of a phase run dense.
+
+    Attributes:
+        decode: of generated tokens.
+        prefill: of prompt tokens.
+    """
+
+    decode: float | None
+    prefill: float | None
+
+    def of(self, options: RequestOptions) -> "TargetK":
+        """What a request gets from a server with these: its own k wherever the server prunes."""
+
+        def choose(ours: float | None) -> float | None:
+            if ours is None or options.off:
+                return None
+            return ours if options.k is None else options.k
+
+        return TargetK(choose(self.decode), choose(self.prefill))
+
+
+@dataclass(frozen=True)
 class RequestPolicy:
     """What the server allows its clients.
 
     Attributes:
-        default_k: the server's k.
+        server: what rows keep where their request does not say.
         min_k, max_k: smallest and largest k, both within the threshold table.
         allow_off: whether a request may run without pruning.
     """
 
-    default_k: float
+    server: TargetK
     min_k: float
     max_k: float
     allow_off: bool
 
     def check(self, xargs: object) -> RequestOptions:
-        """Parse a request's options and hold them against the policy; the server's own k is None.
+        """Parse a request's options and hold them against the policy.
+
+        Returns:
+            The options; their k is None where the server does the same without it.
 
         Raises:
             ValueError: what is wrong, what is allowed.
@@ -138,9 +164,11 @@ class RequestPolicy:
                 'this server does not allow "toptheta": "off" (its option allow_off is false); '
                 f"send toptheta_k between {self.min_k:g} and {self.max_k:g} instead"
             )
-        if options.k == self.default_k:
+        if options.k is None:
+            return options
+        if self.server.of(options) == self.server:
             return options.model_copy(update={"k": None})
-        if options.k is not None and not self.min_k <= options.k <= self.max_k:
+        if not self.min_k <= options.k <= self.max_k:
             raise ValueError(
                 f"toptheta_k = {options.k:g} is outside what this server allows: "
                 f"send a k between {self.min_k:g} and {self.max_k:g}"
@@ -151,10 +179,10 @@ class RequestPolicy:
 def cache_salt(options: RequestOptions, salt: str | None) -> str | None:
     """The prefix-cache salt of a request: requests share KV only under the same settings.
 
-    Blocks of generated tokens depend on what was pruned, and vLLM's block hashes do not know.
+    Blocks of pruned rows depend on what was pruned, and vLLM's block hashes do not know.
 
     Args:
-        options: checked by `RequestPolicy.check`, so that the server's own k is None.
+        options: checked by `RequestPolicy.check`, so that a k that changes nothing is None.
         salt: the user's own salt.
     """
     if options.setting == "default" and not (salt or "").startswith(_SALT_PREFIX):

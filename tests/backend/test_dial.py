@@ -1,4 +1,5 @@
-"""Rows of one batch with different options: each gets the thresholds of its own k."""
+"""Rows of one batch with different options: each gets the thresholds of its own k, and of its
+phase's where it does not say."""
 
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from vllm_toptheta.backend.dial import REASONS, Dial  # noqa: E402
 from vllm_toptheta.backend.plan import Plan  # noqa: E402
 from vllm_toptheta.config import TopThetaConfig  # noqa: E402
 from vllm_toptheta.model_identity import ModelIdentity  # noqa: E402
-from vllm_toptheta.request_options import RequestOptions  # noqa: E402
+from vllm_toptheta.request_options import RequestOptions, TargetK  # noqa: E402
 from vllm_toptheta.thresholds import ThresholdTable  # noqa: E402
 
 LAYERS, HEADS = 3, 4
@@ -37,9 +38,13 @@ def table() -> ThresholdTable:
     return made
 
 
-def make_dial(windows: list[int | None] | None = None, **options: object) -> Dial:
+def make_plan(**options: object) -> Plan:
     config = TopThetaConfig.from_additional_config({"toptheta": {"k": 64, **options}})
-    plan = Plan(config, table(), Path("table"))
+    return Plan(config, table(), Path("table"))
+
+
+def make_dial(windows: list[int | None] | None = None, **options: object) -> Dial:
+    plan = make_plan(**options)
     return Dial(plan, list(range(LAYERS)), windows or [None] * LAYERS, 0, HEADS)
 
 
@@ -68,6 +73,33 @@ def test_every_row_gets_the_thresholds_of_its_own_k() -> None:
     assert reasons(plan) == ["", "", "off", "short", "short"]
     assert plan.visible.tolist() == [lens.tolist()] * LAYERS
     assert plan.target[0].tolist() == [64 * HEADS, 16 * HEADS, 64 * HEADS, 64 * HEADS, 200 * HEADS]
+
+
+def test_rows_of_a_phase_take_its_k_unless_their_request_says_another() -> None:
+    dial, lens = make_dial(min_kv_len=0), torch.full((3,), 500, dtype=torch.int32)
+    assert (dial.plan(lens, {}, 16).theta == -4).all()
+    plan = dial.plan(lens, {1: RequestOptions(k=256), 2: RequestOptions(layers=True)}, 16)
+    assert plan.theta[0, :, 0].tolist() == [-4.0, -8.0, -4.0]
+    assert (dial.plan(lens, {}).theta == -6).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected", "words"),
+    [
+        ({}, TargetK(64, None), "k 64, rows"),
+        ({"phases": "prefill"}, TargetK(None, 64), "prompts k 64, rows"),
+        ({"phases": "prefill", "prefill_k": 32}, TargetK(None, 32), "prompts k 32, rows"),
+        ({"phases": "both"}, TargetK(64, 64), "k 64, prompts k 64, rows"),
+        ({"phases": "both", "prefill_k": 32}, TargetK(64, 32), "k 64, prompts k 32, rows"),
+        ({"prefill_k": 32}, TargetK(64, None), "k 64, rows"),
+    ],
+)
+def test_a_plan_says_what_rows_of_each_phase_keep(
+    options: dict[str, object], expected: TargetK, words: str
+) -> None:
+    plan = make_plan(**options)
+    assert plan.target_k == plan.policy().server == expected
+    assert plan.describe().startswith(f"Top-theta attention: {words}")
 
 
 def test_a_batch_of_one_k_is_the_same_as_its_rows_one_by_one() -> None:

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("vllm", reason="needs an installed vLLM")
 
 from vllm_toptheta.config import TopThetaConfig  # noqa: E402
-from vllm_toptheta.request_options import RequestPolicy  # noqa: E402
+from vllm_toptheta.request_options import RequestPolicy, TargetK  # noqa: E402
 from vllm_toptheta.serving import served as served_module  # noqa: E402
 from vllm_toptheta.serving.middleware import TopThetaMiddleware  # noqa: E402
 from vllm_toptheta.serving.routes import merge_heads  # noqa: E402
@@ -50,7 +50,7 @@ def app(monkeypatch: pytest.MonkeyPatch) -> App:
 def serve(monkeypatch: pytest.MonkeyPatch, **args: Any) -> None:
     # Telemetry is off here, so that no metric is registered in the test's process.
     config = TopThetaConfig(telemetry=False)
-    policy = RequestPolicy(default_k=128, min_k=16, max_k=512, allow_off=True)
+    policy = RequestPolicy(TargetK(128, None), min_k=16, max_k=512, allow_off=True)
     table: Any = None
     served = Served("m", config, policy, table, Path("table"), Namespace(**args))
     monkeypatch.setattr(served_module, "_served", {"x": served})

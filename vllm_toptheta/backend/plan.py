@@ -10,7 +10,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_toptheta.config import TopThetaConfig
 from vllm_toptheta.model_identity import ModelIdentity
-from vllm_toptheta.request_options import RequestPolicy
+from vllm_toptheta.request_options import RequestPolicy, TargetK
 from vllm_toptheta.threshold_store import ThresholdStore
 from vllm_toptheta.thresholds import LevelThresholds, ThresholdTable
 
@@ -79,16 +79,26 @@ class Plan:
         """What requests may ask for: the operator's bounds, within the table."""
         lowest, highest = float(self.table.levels[0]), float(self.table.levels[-1])
         return RequestPolicy(
-            default_k=self.config.k,
+            server=self.target_k,
             min_k=max(self.config.min_k or lowest, lowest),
             max_k=min(self.config.max_k or highest, highest),
             allow_off=self.config.allow_off,
         )
 
     @property
+    def target_k(self) -> TargetK:
+        """What rows keep where their request does not say."""
+        phases = self.config.phases
+        return TargetK(
+            decode=None if phases == "prefill" else self.config.k,
+            prefill=None if phases == "decode" else self.config.prefill_k,
+        )
+
+    @property
     def prefill_k(self) -> float:
-        """The mean keys a prompt row keeps where its request does not say."""
-        return self.config.prefill_k or self.config.k
+        """The mean keys a prompt row keeps where prompts are pruned and its request does not
+        say."""
+        return self.config.prefill_k
 
     def layer_k(self, index: int, k: float | None = None) -> float:
         """The mean keys a row keeps that one layer's thresholds aim at.
@@ -148,14 +158,10 @@ class Plan:
         """One line for the log."""
         config, metadata = self.config, self.table.metadata
         dense = [index for index in sorted(config.layers) if self.layer_is_dense(index)]
-        prompts = f"prompts k {self.prefill_k:g}"
-        phases = {
-            "decode": f"k {config.k:g}",
-            "prefill": prompts,
-            "both": f"k {config.k:g}, {prompts}",
-        }[config.phases]
+        by_phase = {"k": self.target_k.decode, "prompts k": self.target_k.prefill}
+        pruned = ", ".join(f"{name} {k:g}" for name, k in by_phase.items() if k is not None)
         return (
-            f"Top-theta attention: {phases}, rows above {config.min_kv_len} keys are pruned, "
+            f"Top-theta attention: {pruned}, rows above {config.min_kv_len} keys are pruned, "
             f"compensation {f'per {config.group_size} tokens' if config.compensation else 'off'}, "
             f"{f'dense layers {dense}, ' if dense else ''}thresholds {self.table_path} "
             f"({metadata.identity.name}, {metadata.allocation} allocation, {metadata.created})"
