@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from vllm_toptheta.evaluation import engine
+from vllm_toptheta.request_options import TargetK
 from vllm_toptheta.telemetry.counters import FIELDS, summarise
 
 
@@ -27,7 +28,7 @@ def test_variants() -> None:
 def answer(document: list[int], prompt: int, logprob: float, counts: dict[str, int]) -> Any:
     """An engine's answer in which token t has log-probability t * logprob."""
     entries = [{token: SimpleNamespace(logprob=token * logprob)} for token in document]
-    told = {"toptheta": summarise(128, [counts.get(name, 0) for name in FIELDS])}
+    told = {"toptheta": summarise(TargetK(128, 128), [counts.get(name, 0) for name in FIELDS])}
     return SimpleNamespace(
         prompt_logprobs=[None, *entries[1:prompt]],
         outputs=[SimpleNamespace(logprobs=entries[prompt:])],

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="needs an installed vLLM")
 
-from vllm_toptheta.request_options import RequestOptions  # noqa: E402
+from vllm_toptheta.request_options import RequestOptions, TargetK  # noqa: E402
 from vllm_toptheta.serving.responses import ResponseWriter  # noqa: E402
 from vllm_toptheta.telemetry.counters import zeros  # noqa: E402
 from vllm_toptheta.telemetry.delivery import Choice, Collector  # noqa: E402
@@ -21,7 +21,8 @@ def choices(*names: tuple[str, int, int]) -> Collector:
     for request_id, index, rows in names:
         counts = zeros()
         counts[0] = rows
-        made.append(Choice(request_id, index, RequestOptions(), 128, counts=counts))
+        target = TargetK(128, None)
+        made.append(Choice(request_id, index, RequestOptions(), target, counts=counts))
     return Collector(made)
 
 

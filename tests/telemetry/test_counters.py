@@ -1,5 +1,6 @@
 """How counts are shown: ratios, dense reasons, layers."""
 
+from vllm_toptheta.request_options import TargetK
 from vllm_toptheta.telemetry.counters import FIELDS, add, summarise, summarise_layers, zeros
 
 
@@ -18,7 +19,7 @@ def test_ratios_are_of_what_they_say() -> None:
         v_rows_read=120,
         dense_short=4,
     )
-    shown = summarise(128, counts)
+    shown = summarise(TargetK(128, None), counts)
     assert (shown["k"], shown["rows"], shown["keys_kept"]) == (128, 10, 350)
     assert shown["kept_fraction"] == 0.35
     assert shown["v_row_reduction"] == 2.5
@@ -27,7 +28,8 @@ def test_ratios_are_of_what_they_say() -> None:
 
 
 def test_prompt_rows_are_shown_on_their_own() -> None:
-    assert summarise(128, row(rows=1))["prefill"] is None, "another kernel computed them"
+    target = TargetK(128, 80)
+    assert summarise(target, row(rows=1))["prefill"] is None, "nobody counted them"
     counts = row(
         prefill_rows=4,
         prefill_keys_scored=200,
@@ -35,7 +37,8 @@ def test_prompt_rows_are_shown_on_their_own() -> None:
         prefill_v_tiles=12,
         prefill_v_tiles_read=5,
     )
-    assert summarise(128, counts)["prefill"] == {
+    assert summarise(target, counts)["prefill"] == {
+        "k": 80,
         "rows": 4,
         "keys_scored": 200,
         "keys_kept": 30,
@@ -46,8 +49,15 @@ def test_prompt_rows_are_shown_on_their_own() -> None:
     }
 
 
+def test_a_phase_that_runs_dense_has_no_k() -> None:
+    counts = row(rows=1, prefill_rows=4)
+    for target in (TargetK(None, 80), TargetK(128, 80), TargetK(None, None)):
+        shown = summarise(target, counts)
+        assert (shown["k"], shown["prefill"]["k"]) == (target.decode, target.prefill)
+
+
 def test_what_did_not_happen_has_no_ratio() -> None:
-    shown = summarise(None, row(dense_prefill=5))
+    shown = summarise(TargetK(None, None), row(dense_prefill=5))
     assert [shown[name] for name in ("kept_fraction", "v_row_reduction", "target_ratio")] == [
         None,
         None,
@@ -56,10 +66,14 @@ def test_what_did_not_happen_has_no_ratio() -> None:
 
 
 def test_layers_are_arrays() -> None:
-    layers = [row(rows=1, keys_scored=10, keys_kept=5), row(rows=2, keys_scored=10, keys_kept=1)]
+    layers = [
+        row(rows=1, keys_scored=10, keys_kept=5, keys_target=4),
+        row(rows=2, keys_scored=10, keys_kept=1, keys_dense=1),
+    ]
     shown = summarise_layers(layers)
     assert shown["rows"] == [1, 2]
     assert shown["kept_fraction"] == [0.5, 0.1]
+    assert shown["target_ratio"] == [1.25, None]
 
 
 def test_counts_add_up_in_place() -> None:

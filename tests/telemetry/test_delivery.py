@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from vllm_toptheta.request_options import RequestOptions, TargetK
 from vllm_toptheta.telemetry import delivery
 from vllm_toptheta.telemetry.counters import FIELDS
 from vllm_toptheta.telemetry.delivery import CURRENT, Choice, Collector
@@ -52,7 +53,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     made = type("OutputProcessor", (Processor,), dict(vars(Processor)))
     monkeypatch.setattr(module, "OutputProcessor", made)
     monkeypatch.setattr(delivery, "_sinks", sink := [Recorder()])
-    delivery.install_on_output_processor(128)
+    delivery.install_on_output_processor(TargetK(128, 80))
     sink[0].processor = made()
     return sink[0]
 
@@ -77,9 +78,9 @@ def test_choices_of_an_http_request_gather_in_its_collector(recorder: Recorder) 
     CURRENT.reset(token)
     first = output("a", 3, 3)
     processor.process_outputs([first, output("b", 5, 5, last=True)])
-    assert [(c.k, c.counts[0], c.finished) for c in collector.choices] == [
-        (64.0, 3, False),
-        (None, 5, True),
+    assert [(c.target, c.counts[0], c.finished) for c in collector.choices] == [
+        (TargetK(64, 64), 3, False),
+        (TargetK(None, None), 5, True),
     ]
     assert first.kv_transfer_params == {"remote": 1}, "it appears once in the response"
     events = [event for event, *_ in recorder.told]
@@ -128,13 +129,24 @@ def test_a_failing_sink_keeps_nothing_from_the_others(recorder: Recorder) -> Non
 
 
 def test_several_choices_are_added_up() -> None:
-    from vllm_toptheta.request_options import RequestOptions
-
     def choice(index: int, rows: int) -> Choice:
-        return Choice("x", index, RequestOptions(), 128, counts=row(rows))
+        return Choice("x", index, RequestOptions(), TargetK(128, None), counts=row(rows))
 
     shown = delivery.show_all([choice(0, 3), choice(1, 4)])
     assert shown is not None
     assert (shown["k"], shown["rows"]) == (128, 7)
     assert [(c["index"], c["rows"]) for c in shown["choices"]] == [(0, 3), (1, 4)]
     assert delivery.show_all([]) is None
+
+
+def test_requests_show_the_k_of_the_engine_that_was_configured_last(recorder: Recorder) -> None:
+    processor = recorder.processor
+    process = type(processor).process_outputs
+    delivery.install_on_output_processor(TargetK(None, 64))
+    assert type(processor).process_outputs is process, "wrapped once"
+    processor.add_request(request("a"))
+    sent = output("a", 3, 3)
+    sent.kv_transfer_params["toptheta"]["total"][FIELDS.index("prefill_rows")] = 9
+    processor.process_outputs([sent])
+    shown = sent.kv_transfer_params["toptheta"]
+    assert (shown["k"], shown["prefill"]["k"]) == (None, 64)

@@ -11,13 +11,15 @@ pytest.importorskip("prometheus_client")
 
 from prometheus_client import CollectorRegistry, generate_latest  # noqa: E402
 
-from vllm_toptheta.request_options import RequestOptions  # noqa: E402
+from vllm_toptheta.request_options import RequestOptions, TargetK  # noqa: E402
 from vllm_toptheta.telemetry import live as live_module  # noqa: E402
 from vllm_toptheta.telemetry import shield  # noqa: E402
 from vllm_toptheta.telemetry.counters import FIELDS  # noqa: E402
 from vllm_toptheta.telemetry.delivery import Choice  # noqa: E402
 from vllm_toptheta.telemetry.live import Live  # noqa: E402
 from vllm_toptheta.telemetry.prometheus import DRIFT_WINDOW, Metrics  # noqa: E402
+
+TARGET = TargetK(128, None)
 
 
 def row(**values: int) -> list[int]:
@@ -60,8 +62,8 @@ def test_counts_become_counters_by_engine(registry: CollectorRegistry) -> None:
 def test_a_finished_sequence_is_one_observation(registry: CollectorRegistry) -> None:
     metrics = make(registry)
     counts = row(rows=1, keys_scored=100, keys_kept=25, keys_target=20)
-    metrics.finished(Choice("x", 0, RequestOptions(k=64), 128, counts=counts), 0)
-    metrics.finished(Choice("y", 0, RequestOptions(), 128), 0)  # one token: nothing was decoded
+    metrics.finished(Choice("x", 0, RequestOptions(k=64), TARGET, counts=counts), 0)
+    metrics.finished(Choice("y", 0, RequestOptions(), TARGET), 0)  # one token: nothing was decoded
     assert value(registry, "request_kept_fraction_sum") == 0.25
     assert value(registry, "request_target_ratio_sum") == 1.25
     assert value(registry, "request_kept_fraction_count") == 1
@@ -125,7 +127,7 @@ def test_the_log_line_comes_while_there_is_traffic(
 def test_the_recent_past_is_bounded() -> None:
     live = Live(log=False)
     for number in range(live_module.REQUESTS_KEPT + 5):
-        live.finished(Choice(f"r{number}", 0, RequestOptions(), 128, layers=[row()]), 0)
+        live.finished(Choice(f"r{number}", 0, RequestOptions(), TARGET, layers=[row()]), 0)
     shown = live.requests()
     assert len(shown) == live_module.REQUESTS_KEPT
     assert shown[0]["request_id"] == f"r{live_module.REQUESTS_KEPT + 4}"

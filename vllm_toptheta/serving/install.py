@@ -55,7 +55,7 @@ def install(engine_args: Any, vllm_config: Any, plan: Any) -> None:
     set_served(served, vllm_config.instance_id)
     _install_on_input_processor()
     if plan.config.telemetry:
-        install_on_output_processor(plan.config.k)
+        install_on_output_processor(plan.target_k)
     if args is not None and MIDDLEWARE not in (present := list(getattr(args, "middleware", ()))):
         args.middleware = [*present, MIDDLEWARE]
 

@@ -75,7 +75,7 @@ class TopThetaEndpoints:
         metrics, live = get_sinks()
         return {
             "telemetry": True,
-            "total": summarise(served.config.k, live.total),
+            "total": summarise(served.policy.server, live.total),
             "counts": dict(zip(FIELDS, live.total, strict=True)),
             "v_rows_per_second": live.v_rows_per_second(),
             "requests": live.requests(),

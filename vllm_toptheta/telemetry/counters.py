@@ -4,6 +4,8 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+from vllm_toptheta.request_options import TargetK
+
 FIELDS = (
     "rows",
     "keys_scored",
@@ -57,30 +59,31 @@ def add(into: Counts, more: Sequence[int]) -> None:
     into[:] = map(operator.add, into, more)
 
 
-def summarise(k: float | None, counts: Sequence[int]) -> dict[str, Any]:
+def summarise(target: TargetK, counts: Sequence[int]) -> dict[str, Any]:
     """Turn counts into the object a response shows.
 
     Args:
-        k: mean keys a row was to keep; None for a request that ran without pruning.
+        target: mean keys the rows were to keep.
         counts: columns as in FIELDS.
     """
     named = dict(zip(FIELDS, counts, strict=True))
     return {
-        "k": k,
+        "k": target.decode,
         **{name: named[name] for name in SHOWN},
         "kept_fraction": ratio(named["keys_kept"], named["keys_scored"]),
         "v_row_reduction": ratio(named["v_rows_scored"], named["v_rows_read"]),
         "target_ratio": target_ratio(counts),
-        "prefill": _prefill(named),
+        "prefill": _prefill(target.prefill, named),
         "dense_rows": {reason: named[f"dense_{reason}"] for reason in DENSE_REASONS},
     }
 
 
-def _prefill(named: dict[str, int]) -> dict[str, Any] | None:
-    """What was counted of prompt rows; None where another kernel computed them."""
+def _prefill(k: float | None, named: dict[str, int]) -> dict[str, Any] | None:
+    """What was counted of prompt rows; None where nobody counted them."""
     if not named["prefill_rows"]:
         return None
-    shown: dict[str, Any] = {name.removeprefix("prefill_"): named[name] for name in SHOWN_PREFILL}
+    shown: dict[str, Any] = {"k": k}
+    shown |= {name.removeprefix("prefill_"): named[name] for name in SHOWN_PREFILL}
     shown["kept_fraction"] = ratio(named["prefill_keys_kept"], named["prefill_keys_scored"])
     shown["v_tiles_skipped"] = named["prefill_v_tiles"] - named["prefill_v_tiles_read"]
     return shown
@@ -91,9 +94,9 @@ def summarise_layers(layers: Sequence[Sequence[int]]) -> dict[str, list[Any]]:
     shown: dict[str, list[Any]] = {
         name: [counts[FIELDS.index(name)] for counts in layers] for name in SHOWN
     }
-    objects = [summarise(None, counts) for counts in layers]
-    for name in ("kept_fraction", "target_ratio"):
-        shown[name] = [item[name] for item in objects]
+    pairs = zip(shown["keys_kept"], shown["keys_scored"], strict=True)
+    shown["kept_fraction"] = [ratio(kept, scored) for kept, scored in pairs]
+    shown["target_ratio"] = [target_ratio(counts) for counts in layers]
     return shown
 
 

@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from vllm_toptheta.request_options import RequestOptions
+from vllm_toptheta.request_options import RequestOptions, TargetK
 from vllm_toptheta.telemetry.carrier import KEY
 from vllm_toptheta.telemetry.counters import (
     Counts,
@@ -33,7 +33,7 @@ class Choice:
         request_id: as given to the engine; ends in "-<number of the prompt>" for completions.
         index: which of the n sequences of its prompt.
         options: what the request asked for.
-        default_k: the server's k.
+        target: mean keys its rows keep.
         counts: so far, columns as in FIELDS.
         layers: the same for each layer, where the request asked for it.
         finished: whether the last token has been seen.
@@ -42,21 +42,14 @@ class Choice:
     request_id: str
     index: int
     options: RequestOptions
-    default_k: float
+    target: TargetK
     counts: Counts = field(default_factory=zeros)
     layers: list[Counts] | None = None
     finished: bool = False
 
-    @property
-    def k(self) -> float | None:
-        """Mean keys a row keeps; None without pruning."""
-        if self.options.off:
-            return None
-        return self.default_k if self.options.k is None else float(self.options.k)
-
     def show(self) -> dict[str, Any]:
         """The object a response carries."""
-        shown = summarise(self.k, self.counts)
+        shown = summarise(self.target, self.counts)
         if self.layers is not None:
             shown["layers"] = summarise_layers(self.layers)
         return shown
@@ -74,7 +67,7 @@ def show_all(choices: list[Choice]) -> dict[str, Any] | None:
     for choice in choices:
         add(total, choice.counts)
     entries = [{"index": index, **choice.show()} for index, choice in enumerate(choices)]
-    return {**summarise(choices[0].k, total), "choices": entries}
+    return {**summarise(choices[0].target, total), "choices": entries}
 
 
 @dataclass
@@ -109,6 +102,7 @@ class Sink(Protocol):
 
 _sinks: list[Sink] = []
 _ATTRIBUTE, _OVER_HTTP, _CHOICES = "toptheta_choice", "toptheta_over_http", "toptheta_choices"
+_SERVER = "toptheta_server"
 
 
 def add_sink(sink: Sink) -> None:
@@ -122,16 +116,17 @@ def report(choices: list[Choice]) -> None:
         _tell("reported", choice.counts)
 
 
-def install_on_output_processor(default_k: float) -> None:
+def install_on_output_processor(server: TargetK) -> None:
     """Make vLLM's output processor take counts out of engine outputs.
 
-    Does nothing the second time.
+    Wraps once; another call says what the engine keeps that was configured last.
 
     Args:
-        default_k: the server's k.
+        server: mean keys that rows keep where their request does not say.
     """
     from vllm.v1.engine.output_processor import OutputProcessor
 
+    setattr(OutputProcessor, _SERVER, server)
     methods = {"add_request": "request", "process_outputs": "engine_core_outputs"}
     lost = "responses and metrics show nothing of what was pruned"
     if not can_wrap(OutputProcessor, methods, lost):
@@ -142,7 +137,7 @@ def install_on_output_processor(default_k: float) -> None:
     def add_and_open(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         result = add_request(self, request, *args, **kwargs)
         with shielded("server"):
-            _open(self, request, default_k)
+            _open(self, request)
         return result
 
     @functools.wraps(process_outputs)
@@ -163,12 +158,13 @@ def install_on_output_processor(default_k: float) -> None:
     mark_wrapped(OutputProcessor)
 
 
-def _open(processor: Any, request: Any, default_k: float) -> None:
+def _open(processor: Any, request: Any) -> None:
     state = processor.request_states.get(request.request_id)
     if state is None or hasattr(state, _ATTRIBUTE) or request.sampling_params is None:
         return
     options = RequestOptions.parse(request.sampling_params.extra_args)
-    choice = Choice(state.external_req_id, state.request_index, options, default_k)
+    target = getattr(processor, _SERVER).of(options)
+    choice = Choice(state.external_req_id, state.request_index, options, target)
     setattr(state, _ATTRIBUTE, choice)
     collector = CURRENT.get()
     if collector is not None:
