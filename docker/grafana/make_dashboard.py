@@ -212,6 +212,38 @@ def top_theta_row() -> list[Builder]:
     ]
 
 
+def prompts_row() -> list[Builder]:
+    """What is pruned of prompts; without data where the option phases leaves them dense."""
+    return [
+        graph(
+            "Kept keys and V tiles skipped in prompts",
+            "Over five minutes, by server. A V tile is 64 keys of one prompt token and kv head.",
+            "percentunit",
+            query(
+                "toptheta:prefill_kept_fraction:ratio_rate5m{SELECT}",
+                "kept, {{instance}} {{engine}}",
+            ),
+            query(
+                "toptheta:prefill_v_tiles_skipped:ratio_rate5m{SELECT}",
+                "V skipped, {{instance}} {{engine}}",
+            ),
+            width=12,
+        ),
+        graph(
+            "Prompt rows that ran dense",
+            "Share of all prompt rows, for any reason: short ones, exempt layers, requests that "
+            "switched pruning off.",
+            "percentunit",
+            query(
+                'sum(rate(vllm_toptheta_dense_rows_total{SELECT, reason="prefill"}RATE))'
+                f" / ({total('prefill_rows')} > 0)",
+                "dense",
+            ),
+            width=12,
+        ),
+    ]
+
+
 def vllm_row() -> list[Builder]:
     """Throughput and latency."""
     return [
@@ -278,7 +310,8 @@ def make() -> str:
             )
         )
     )
-    for title, panels in (("Top-theta", top_theta_row()), ("vLLM", vllm_row())):
+    rows = (("Top-theta", top_theta_row()), ("Prompts", prompts_row()), ("vLLM", vllm_row()))
+    for title, panels in rows:
         builder.with_row(dashboard.Row(title))
         for item in panels:
             builder.with_panel(item)

@@ -101,8 +101,24 @@ def test_names_and_labels_follow_vllms_conventions(registry: CollectorRegistry) 
         assert 'engine="0"' in line
 
 
+@pytest.mark.parametrize(
+    ("counts", "words"),
+    [
+        (
+            {"rows": 10, "keys_scored": 100, "keys_kept": 25, "keys_target": 25},
+            ("40 decode rows", "kept: 25.0%", "kept/target: 1.00"),
+        ),
+        (
+            {"prefill_rows": 10, "prefill_keys_scored": 100, "prefill_keys_kept": 15},
+            ("40 prompt rows", "kept: 15.0%"),
+        ),
+    ],
+)
 def test_the_log_line_comes_while_there_is_traffic(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    counts: dict[str, int],
+    words: tuple[str, ...],
 ) -> None:
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     monkeypatch.setattr(live_module, "LOG_EVERY_S", 0.02)
@@ -110,9 +126,8 @@ def test_the_log_line_comes_while_there_is_traffic(
 
     async def traffic() -> None:
         live = Live(log=True)
-        for _ in range(2):
-            live.counted(0, row(rows=10, keys_scored=100, keys_kept=25, keys_target=20))
-            live.counted(0, row(rows=10, keys_scored=100, keys_kept=25, keys_target=30))
+        for _ in range(4):
+            live.counted(0, row(**counts))
         await asyncio.sleep(0.1)  # and then none
 
     asyncio.run(traffic())
@@ -120,8 +135,24 @@ def test_the_log_line_comes_while_there_is_traffic(
     records = {id(record): record for record in caplog.records if "Top-theta" in record.message}
     lines = [record.message for record in records.values()]
     assert len(lines) == 1
-    for word in ("40 decode rows", "kept: 25.0%", "kept/target: 1.00"):
+    for word in words:
         assert word in lines[0]
+
+
+def test_the_log_line_tells_of_the_phases_there_were() -> None:
+    decode = {"rows": 10, "keys_scored": 100, "keys_kept": 25}
+    prompts = {"prefill_rows": 20, "prefill_keys_scored": 400, "prefill_keys_kept": 80}
+    zero = dict.fromkeys(FIELDS, 0)
+    lines = [
+        live_module.describe(zero | named)
+        for named in (decode, prompts | {"dense_prefill": 5}, decode | prompts)
+    ]
+    assert [("decode rows" in line, "prompt rows" in line) for line in lines] == [
+        (True, False),
+        (False, True),
+        (True, True),
+    ]
+    assert "20 prompt rows in the last 10 s, keys kept: 20.0%, dense rows: 25.0%" in lines[1]
 
 
 def test_the_recent_past_is_bounded() -> None:
@@ -132,4 +163,5 @@ def test_the_recent_past_is_bounded() -> None:
     assert len(shown) == live_module.REQUESTS_KEPT
     assert shown[0]["request_id"] == f"r{live_module.REQUESTS_KEPT + 4}"
     assert "layers" not in shown[0]
+    assert shown[0]["setting"] == "default"
     assert len(live.v_rows_per_second()) == 60

@@ -33,7 +33,9 @@ def info(served: Served) -> dict[str, str]:
     """Options and table, as labels."""
     config, metadata = served.config, served.table.metadata
     return {
+        "phases": config.phases,
         "k": f"{config.k:g}",
+        "prefill_k": f"{config.prefill_k:g}",
         "min_kv_len": str(config.min_kv_len),
         "compensation": str(config.compensation).lower(),
         "group_size": str(config.group_size),

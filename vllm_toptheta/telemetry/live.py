@@ -56,9 +56,13 @@ class Live:
         """See `delivery.Sink`."""
         shown = choice.show()
         shown.pop("layers", None)
-        self._requests.appendleft(
-            {"time": time.time(), "request_id": choice.request_id, "index": choice.index, **shown}
-        )
+        head = {
+            "time": time.time(),
+            "request_id": choice.request_id,
+            "index": choice.index,
+            "setting": choice.options.setting,
+        }
+        self._requests.appendleft(head | shown)
 
     def reported(self, counts: Counts) -> None:
         """See `delivery.Sink`."""
@@ -87,19 +91,31 @@ class Live:
         self._timer = None
         named = dict(zip(FIELDS, self._since_log, strict=True))
         self._since_log = zeros()
-        if named["rows"]:
+        if named["rows"] or named["prefill_rows"]:
             logger.info("%s", describe(named))
 
 
 def describe(named: dict[str, int]) -> str:
-    """One line about some counts, by name."""
-    kept = ratio(named["keys_kept"], named["keys_scored"]) or 0
-    read = ratio(named["v_rows_read"], named["v_rows_scored"]) or 0
-    target = ratio(named["keys_kept"] - named["keys_dense"], named["keys_target"])
-    dense = sum(named[f"dense_{reason}"] for reason in ("short", "window", "layer", "off"))
-    return (
-        f"Top-theta: {named['rows']} decode rows in the last {LOG_EVERY_S:g} s, "
-        f"keys kept: {kept:.1%}, V rows read: {read:.1%}, "
-        f"dense rows: {dense / named['rows']:.1%}, "
-        f"kept/target: {'-' if target is None else f'{target:.2f}'}"
-    )
+    """One line about some counts, by name; of either phase what there is."""
+
+    def share(part: int, whole: int) -> str:
+        return f"{ratio(part, whole) or 0:.1%}"
+
+    parts = []
+    if named["rows"]:
+        dense = sum(named[f"dense_{reason}"] for reason in ("short", "window", "layer", "off"))
+        target = ratio(named["keys_kept"] - named["keys_dense"], named["keys_target"])
+        parts.append(
+            f"{named['rows']} decode rows in the last {LOG_EVERY_S:g} s, "
+            f"keys kept: {share(named['keys_kept'], named['keys_scored'])}, "
+            f"V rows read: {share(named['v_rows_read'], named['v_rows_scored'])}, "
+            f"dense rows: {share(dense, named['rows'])}, "
+            f"kept/target: {'-' if target is None else f'{target:.2f}'}"
+        )
+    if named["prefill_rows"]:
+        parts.append(
+            f"{named['prefill_rows']} prompt rows in the last {LOG_EVERY_S:g} s, "
+            f"keys kept: {share(named['prefill_keys_kept'], named['prefill_keys_scored'])}, "
+            f"dense rows: {share(named['dense_prefill'], named['prefill_rows'])}"
+        )
+    return f"Top-theta: {'; '.join(parts)}"

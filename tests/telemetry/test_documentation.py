@@ -1,0 +1,62 @@
+"""docs/telemetry.md names every field of a response and every metric, and no others."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("prometheus_client")
+
+from prometheus_client import CollectorRegistry  # noqa: E402
+
+from vllm_toptheta.request_options import TargetK  # noqa: E402
+from vllm_toptheta.telemetry import shield  # noqa: E402
+from vllm_toptheta.telemetry.counters import FIELDS, summarise  # noqa: E402
+from vllm_toptheta.telemetry.prometheus import PREFIX, Metrics  # noqa: E402
+
+TEXT = (Path(__file__).parent.parent.parent / "docs" / "telemetry.md").read_text()
+
+
+def table(heading: str) -> list[list[str]]:
+    """The cells of the rows under a table's heading."""
+    rows = TEXT.split(heading + "\n", 1)[1].split("\n\n")[0].splitlines()[1:]
+    return [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+
+
+def names(cell: str) -> list[str]:
+    """What stands in backticks; "…" is the prefix of every metric."""
+    return [name.replace("…_", PREFIX) for name in re.findall(r"`([^`]+)`", cell)]
+
+
+@pytest.fixture
+def registry() -> Iterator[CollectorRegistry]:
+    before = list(shield.listeners)
+    yield CollectorRegistry()
+    shield.listeners[:] = before
+
+
+def test_every_metric_is_there_with_its_type_and_labels(registry: CollectorRegistry) -> None:
+    Metrics("m", {"k": "128"}, registry)
+    exist = {}
+    for series in registry._collector_to_names:
+        (described,) = series.describe()  # type: ignore[attr-defined]
+        labels = set(series._labelnames) - {"model_name", "engine"}  # type: ignore[attr-defined]
+        name = described.name + ("_total" if described.type == "counter" else "")
+        exist[name] = (described.type, labels)
+    assert exist.pop(f"{PREFIX}info") == ("gauge", {"k"})
+    documented = {}
+    for cells in table("| metric | type | more labels | meaning |"):
+        for name in names(cells[0]):
+            documented[name] = (cells[1], set(names(cells[2])))
+    assert documented.pop(f"{PREFIX}info") == ("gauge", set())
+    assert documented == exist
+
+
+def test_every_field_of_a_response_is_there() -> None:
+    shown = summarise(TargetK(128, 80), [1] * len(FIELDS))
+    for fields, heading in (
+        ({*shown, "choices", "layers"}, "| field | meaning |"),
+        (set(shown["prefill"]), "| field of `prefill` | meaning |"),
+    ):
+        assert {name for cells in table(heading) for name in names(cells[0])} == fields
