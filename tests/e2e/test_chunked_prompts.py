@@ -43,6 +43,15 @@ def prompt_counts(answer: dict[str, Any]) -> dict[str, Any]:
     return counts
 
 
+def test_a_k_is_shown_where_it_was_used(answers: list[list[dict[str, Any]]]) -> None:
+    for answer in (answer for engine in answers for answer in engine):
+        shown = answer["summary"]["toptheta"]
+        assert (shown["k"], shown["prefill"]["k"]) == (None, 64)
+        assert shown["dense_rows"]["layer"] == shown["rows"] > 0
+        assert shown["kept_fraction"] == 1
+        assert shown["target_ratio"] is None
+
+
 def test_the_same_tokens_follow(answers: list[list[dict[str, Any]]]) -> None:
     whole, cut = ([answer["ids"] for answer in engine] for engine in answers)
     assert cut == whole
