@@ -182,13 +182,18 @@ def v_tiles(kept: Tensor, num_kv_heads: int) -> Tensor:
     return padded.unflatten(-1, (-1, V_TILE)).any(-1).sum(-1).transpose(0, 1).int()
 
 
-def make_prefill_case(spec: Spec, query_lens: tuple[int, ...]) -> PrefillCase:
-    """Random queries for the last tokens of every sequence; thresholds in gaps, row by row."""
+def unplaced_case(spec: Spec, query_lens: tuple[int, ...]) -> PrefillCase:
+    """Random queries for the last tokens of every sequence; all thresholds 0."""
     cache = make_case(spec)
     generator = torch.Generator().manual_seed(spec.seed + 1)
     shape = (sum(query_lens), spec.num_heads, spec.head_dim)
     query = torch.randn(shape, generator=generator).to(spec.dtype)
-    case = PrefillCase(cache, query_lens, query, torch.zeros(shape[:2]))
+    return PrefillCase(cache, query_lens, query, torch.zeros(shape[:2]))
+
+
+def make_prefill_case(spec: Spec, query_lens: tuple[int, ...]) -> PrefillCase:
+    """Random queries for the last tokens of every sequence; thresholds in gaps, row by row."""
+    case = unplaced_case(spec, query_lens)
     for seq, query_len in enumerate(query_lens):
         scores, start = case.scores(seq), case.rows_of(seq).start
         for row in range(query_len):

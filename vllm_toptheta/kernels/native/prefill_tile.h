@@ -10,14 +10,17 @@
 namespace topt {
 
 constexpr float kToLog2 = 1.4426950408889634f;
-constexpr int kVTile = 64;           // keys in a tile of the V statistics: one word of kept bits
-constexpr int kBlockEighths = 3;     // a block of rows that keeps more than 3/8 of its keys multiplies all of V
+constexpr int kVTile = 64;           // keys in a tile of V: one word of kept bits
+constexpr int kBlockEighths = 3;     // a block of rows that keeps more than 3/8 of a V tile multiplies all of it
 
 // Geometry of a call, and the work of one task: query tokens x heads of one kv head, heads numbered from 0.
 // Row r is token r % num_tokens of head r / num_tokens: rows of one head keep about as many keys.
 template <class T>
 class PrefillTile {
  public:
+  // Numbers of the two V tiles of a key tile, 16 bits each: a block of rows adds up both at once.
+  using PerTile = uint32_t;
+
   // What a row knows so far. Scores are in units of log2.
   struct Row {
     float max, sum, theta;
@@ -25,7 +28,7 @@ class PrefillTile {
     int32_t best_pos;           // position of the best key, tracked while no key was kept
     int32_t best_tile_is_read;  // another head reads the V tile of that key
     int32_t new_best;           // slot of a new best key in this key tile, or -1
-    int32_t count;              // keys kept in this key tile
+    PerTile count;              // keys kept in this key tile
   };
 
   struct Task {
@@ -43,8 +46,8 @@ class PrefillTile {
     Row* rows;
     int32_t* v_tiles;      // [num_tokens] V tiles that any head reads
     float* keys;           // [kUnits][D][16]
-    float* values;         // [kKeyTile][v_stride], only where a block needs all of V
-    bool has_values;
+    float* values;         // [kKeyTile][v_stride], V tiles that a block multiplies whole
+    int packed;            // V tiles that `values` holds, one bit each
     float* means;          // [groups][D]
     float* lanes;          // [kUnits][8] lost mass of one row, not yet summed
     const T** v_rows;      // [kKeyTile] V rows of the key tile
@@ -79,6 +82,7 @@ class PrefillTile {
   struct Span {
     int begin, end;
     int size() const { return std::max(end - begin, 0); }
+    Span clipped(int from, int to) const { return {std::max(begin, from), std::min(end, to)}; }
   };
 
   const ToptPrefillArgs& a;
@@ -93,6 +97,9 @@ class PrefillTile {
   // The same as slots of the key tile at a position.
   Span slots(const Task& t, int token, int position) const {
     return {std::max(begin_of(t, token) - position, 0), std::min(end_of(t, token) - position, kKeyTile)};
+  }
+  static PerTile per_tile(const Span& slots) {
+    return slots.clipped(0, kVTile).size() | slots.clipped(kVTile, kKeyTile).size() << 16;
   }
   Span group_of(int group, const Span& visible) const {
     return {std::max(group << group_shift, visible.begin), std::min((group + 1) << group_shift, visible.end)};
@@ -190,21 +197,23 @@ class PrefillTile {
       }
     for (int first = 0; first < t.num_rows; first += kRowBlock) {
       const int n = block_rows(t, first);
-      int total = 0, num_visible = 0;
+      PerTile kept = 0, seen = 0;
       for (int r = first; r < first + n; r++) {
-        const Span visible = slots(t, r % t.num_tokens, position);
-        t.rows[r].count = 0;
-        t.rows[r].new_best = -1;
+        const Span visible = partial ? slots(t, r % t.num_tokens, position) : Span{0, kKeyTile};
+        Row& row = t.rows[r];
+        row.new_best = -1;
         if (visible.size() == 0) continue;
         select(t, r, visible);
-        total += t.rows[r].count;
-        num_visible += visible.size();
+        kept += row.count;
+        seen += per_tile(visible);
       }
-      if (num_visible == 0) continue;
-      if (total * 8 > num_visible * kBlockEighths)
-        add_all_values(t, first, n, position, all);
-      else
-        add_kept_values(t, first, n, position, partial);
+      int whole = 0, rest = 0;  // V tiles that the block multiplies whole, and the others that it sees: one bit each
+      for (int w = 0; w < 2; w++) {
+        const int keeps = kept >> 16 * w & 0xffff, sees = seen >> 16 * w & 0xffff;
+        (keeps * 8 > sees * kBlockEighths ? whole : rest) |= (sees > 0) << w;
+      }
+      if (whole) add_all_values(t, first, n, position, all, whole, rest);
+      if (rest) add_kept_values(t, first, n, position, partial, rest);
     }
     count_v_tiles(t, position);
   }
@@ -220,7 +229,7 @@ class PrefillTile {
 
   // Packs K and the means of the key tile. Only slots that some row sees are read: the others may hold anything.
   void load_tile(Task& t, int position, const Span& all) const {
-    t.has_values = false;
+    t.packed = 0;
     for (int u = all.begin / 16; u * 16 < all.end; u++) {
       const int at = position + 16 * u;
       pack_keys(page_of(t, at) + at % B, B, D, t.keys + static_cast<size_t>(u) * 16 * D);
@@ -261,9 +270,9 @@ class PrefillTile {
       raise_max(t, r, max);
       row.sum += exponentials<false, false>(s, begin, end, row.max, 0, nullptr, nullptr, prefetched(s));
       for (int w = 0; w < 2; w++) kept[w] = bits_between(visible.begin - 64 * w, visible.end - 64 * w);
+      row.count = per_tile(visible);
       std::fill_n(t.lost + r * kUnits, kUnits, 0.0f);
-      row.count = visible.size();
-      row.num_kept += row.count;
+      row.num_kept += visible.size();
       return;
     }
     if (row.num_kept == 0 && max > row.max && !(max >= row.theta))
@@ -275,8 +284,9 @@ class PrefillTile {
     if (visible.size() < kKeyTile)
       for (int w = 0; w < 2; w++) kept[w] &= bits_between(visible.begin - 64 * w, visible.end - 64 * w);
     if (a.compensation) sum_lost(t, r, begin, end);
-    row.count = __builtin_popcountll(kept[0]) + __builtin_popcountll(kept[1]);
-    row.num_kept += row.count;
+    const int low = __builtin_popcountll(kept[0]), high = __builtin_popcountll(kept[1]);
+    row.count = low | high << 16;
+    row.num_kept += low + high;
   }
 
   static const char* prefetched(const void* p) { return static_cast<const char*>(p); }
@@ -305,70 +315,86 @@ class PrefillTile {
     }
   }
 
-  // Multiplies all of V: weights are zero where not kept, plus the group's lost mass in equal parts, which is the same
-  // as compensating with the mean.
-  void add_all_values(Task& t, int first, int n, int position, const Span& all) const {
-    if (!t.has_values) load_values(t, all);
-    const int begin = all.begin & ~15, end = (all.end + 15) & ~15;
+  // Multiplies whole V tiles: weights are zero where not kept, plus the group's lost mass in equal parts, which is the
+  // same as compensating with the mean. A group that reaches into `rest` is left to its mean.
+  void add_all_values(Task& t, int first, int n, int position, const Span& all, int whole, int rest) const {
+    Span part = {kKeyTile, 0};  // what the block sees of these tiles
     for (int r = first; r < first + n; r++) {
       const Span visible = slots(t, r % t.num_tokens, position);
-      float* p = t.p + static_cast<size_t>(r) * kKeyTile;
-      if (t.rows[r].count < visible.size()) {
-        float share[kUnits];
-        for (int u = 0; u < kUnits; u++) {
-          const int size = group_of(16 * u >> group_shift, visible).size();
-          share[u] = a.compensation && size ? 1.0f / size : 0.0f;
-        }
-        spread_lost(p, visible.begin & ~15, (visible.end + 15) & ~15, t.lost + r * kUnits, group_shift, share);
-      }
-      if (visible.begin > 0) std::fill(p, p + std::min(visible.begin, kKeyTile), 0.0f);
-      if (visible.end < kKeyTile) std::fill(p + std::max(visible.end, 0), p + kKeyTile, 0.0f);
+      if (visible.size() == 0) continue;
+      part = {std::min(part.begin, visible.begin), std::max(part.end, visible.end)};
     }
-    const float *v = t.values + static_cast<size_t>(begin) * v_stride, *p = t.p + first * kKeyTile + begin;
+    part = part.clipped(whole & 1 ? 0 : kVTile, whole & 2 ? kKeyTile : kVTile);
+    load_values(t, all, whole & ~t.packed);
+    const bool spreads = a.compensation && !(rest && a.group_size > kVTile);
+    for (int r = first; r < first + n; r++) {
+      const Span visible = slots(t, r % t.num_tokens, position);
+      const Span own = visible.clipped(part.begin, part.end);
+      float* p = t.p + static_cast<size_t>(r) * kKeyTile;
+      if (spreads && own.size() && t.rows[r].count != per_tile(visible)) {
+        float share[kUnits];
+        for (int u = own.begin / 16; 16 * u < own.end; u++)
+          share[u] = 1.0f / group_of(16 * u >> group_shift, visible).size();
+        spread_lost(p, own.begin & ~15, (own.end + 15) & ~15, t.lost + r * kUnits, group_shift, share);
+      }
+      if (own.size() == 0) {
+        std::fill(p + part.begin, p + part.end, 0.0f);
+        continue;
+      }
+      std::fill(p + part.begin, p + own.begin, 0.0f);
+      std::fill(p + own.end, p + part.end, 0.0f);
+    }
+    const float* v = t.values + static_cast<size_t>(part.begin) * v_stride;
+    const float* p = t.p + static_cast<size_t>(first) * kKeyTile + part.begin;
     float* acc = t.acc + static_cast<size_t>(first) * D;
     with_rows(n, [&](auto rows) {
-      value_block<decltype(rows)::value>(v, v_stride, end - begin, p, kKeyTile, acc, D);
+      value_block<decltype(rows)::value>(v, v_stride, part.size(), p, kKeyTile, acc, D);
     });
   }
 
-  void load_values(Task& t, const Span& all) const {
-    for (int i = all.begin & ~15; i < ((all.end + 15) & ~15); i++) {
-      float* row = t.values + static_cast<size_t>(i) * v_stride;
-      if (i >= all.begin && i < all.end)
-        pack_row(t.v_rows[i], D, row);
-      else
-        std::fill_n(row, D, 0.0f);
+  // Packs V tiles: of their rows only those that some query row sees.
+  void load_values(Task& t, const Span& all, int tiles) const {
+    for (int w = 0; w < 2; w++) {
+      if (!(tiles >> w & 1)) continue;
+      const Span tile = all.clipped(kVTile * w, kVTile * (w + 1));
+      for (int i = tile.begin; i < tile.end; i++)
+        pack_row(t.v_rows[i], D, t.values + static_cast<size_t>(i) * v_stride);
     }
-    t.has_values = true;
+    t.packed |= tiles;
   }
 
-  void add_kept_values(Task& t, int first, int n, int position, bool partial) const {
+  // Adds the V rows that are kept, and compensates with means: of the V tiles in `rest`, one bit each.
+  void add_kept_values(Task& t, int first, int n, int position, bool partial, int rest) const {
+    const bool wide = a.group_size > kVTile;
+    const Span groups = {wide || rest & 1 ? 0 : num_groups / 2, wide || rest & 2 ? num_groups : num_groups / 2};
+    const uint64_t listed[2] = {rest & 1 ? ~uint64_t{0} : 0, rest & 2 ? ~uint64_t{0} : 0};
     for (int r = first; r < first + n; r++) {
       const float* p = t.p + static_cast<size_t>(r) * kKeyTile;
       float* acc = t.acc + static_cast<size_t>(r) * D;
-      if (t.rows[r].count) {
-        int found = 0;
-        for (int w = 0; w < 2; w++)
-          for (uint64_t bits = t.kept[2 * r + w]; bits; bits &= bits - 1, found++) {
-            const int slot = 64 * w + __builtin_ctzll(bits);
-            t.listed[found] = t.v_rows[slot];
-            t.weights[found] = p[slot];
-          }
-        listed_rows(t.listed, D, t.weights, found, acc);
-      }
-      if (partial && a.compensation) compensate_parts(t, r, slots(t, r % t.num_tokens, position));
+      int found = 0;
+      for (int w = 0; w < 2; w++)
+        for (uint64_t bits = t.kept[2 * r + w] & listed[w]; bits; bits &= bits - 1, found++) {
+          const int slot = 64 * w + __builtin_ctzll(bits);
+          t.listed[found] = t.v_rows[slot];
+          t.weights[found] = p[slot];
+        }
+      if (found) listed_rows(t.listed, D, t.weights, found, acc);
+      if (partial && a.compensation) compensate_parts(t, r, slots(t, r % t.num_tokens, position), groups);
     }
     if (!a.compensation) return;
-    const float* lost = t.lost + first * kUnits;
+    const float *means = t.means + static_cast<size_t>(groups.begin) * D, *lost = t.lost + first * kUnits + groups.begin;
     float* acc = t.acc + static_cast<size_t>(first) * D;
-    with_rows(n, [&](auto rows) { value_block<decltype(rows)::value>(t.means, D, num_groups, lost, kUnits, acc, D); });
+    with_rows(n, [&](auto rows) {
+      value_block<decltype(rows)::value>(means, D, groups.size(), lost, kUnits, acc, D);
+    });
   }
 
   // Compensates groups that a row sees in part from the V rows that it sees, and takes them off the list.
-  void compensate_parts(Task& t, int r, const Span& visible) const {
-    for (int i = visible.begin >> group_shift; i << group_shift < visible.end; i++) {
+  void compensate_parts(Task& t, int r, const Span& visible, const Span& groups) const {
+    for (int i = std::max(visible.begin >> group_shift, groups.begin); i < groups.end; i++) {
       const Span part = group_of(i, visible);
       float& lost = t.lost[r * kUnits + i];
+      if (part.size() == 0) break;
       if (part.size() == a.group_size || lost == 0) continue;
       std::fill_n(t.weights, part.size(), lost / part.size());
       listed_rows(t.v_rows + part.begin, D, t.weights, part.size(), t.acc + static_cast<size_t>(r) * D);
