@@ -3,31 +3,12 @@
 import pytest
 import torch
 from cpu_cases import Spec, needs_native
-from prefill_cases import PrefillCase, PrefillResult, unplaced_case
+from prefill_cases import PrefillResult, put_on_scores, unplaced_case
 
 pytestmark = needs_native
 
 LENS, QUERY_LENS = (2300, 150, 1, 700), (2300, 40, 1, 3)
 ALONE = (2300, 0, 0, 0)
-SAMPLE = 64
-"""Keys of a row among which the threshold is chosen; sorting all of them would take minutes."""
-
-
-def on_scores(spec: Spec) -> PrefillCase:
-    """A threshold for every row that is the score of one of its keys, up to rounding.
-
-    About an eighth is kept. Whether that key is depends on the last bit of its score, so a kernel
-    that computed scores in another order somewhere would count another number of keys.
-    """
-    case = unplaced_case(spec, QUERY_LENS)
-    for seq in range(len(LENS)):
-        scores = case.scores(seq)
-        for row, length in enumerate(case.row_lens(seq).tolist()):
-            begin = max(length - spec.window, 0) if spec.window else 0
-            picked = scores[:, row, torch.linspace(begin, length - 1, SAMPLE).long()]
-            limit = picked.topk(SAMPLE // 8, -1).values[:, -1]
-            case.theta[case.rows_of(seq).start + row] = limit.float()
-    return case
 
 
 def assert_same(result: PrefillResult, expected: PrefillResult, dtype: torch.dtype) -> None:
@@ -53,7 +34,7 @@ def first_rows(result: PrefillResult, begin: int, end: int) -> PrefillResult:
     ids=str,
 )
 def test_a_long_prompt_keeps_the_same_keys_however_it_is_cut(spec: Spec) -> None:
-    case = on_scores(spec)
+    case = put_on_scores(unplaced_case(spec, QUERY_LENS))
     whole = first_rows(case.run_chunk("native", QUERY_LENS, ALONE), 0, 2300)
     visible = torch.arange(1, 2301).clamp(max=spec.window or 2300)
     assert 0.1 < whole.num_kept.double().sum() / visible.sum() / spec.num_heads < 0.16

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vllm_toptheta.kernels.api import PageLayout
 
 _MADV_COLLAPSE = 25  # not in the mmap module of Python 3.11
-_ABI_VERSION = 2
+_ABI_VERSION = 3
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 STATUS = {
     "unsupported_dtype": "unsupported dtype",
@@ -99,6 +99,7 @@ def load_native() -> NativeLibrary:
         return NativeLibrary(None, f"{path} cannot be loaded: {error}")
     library.topt_abi_version.restype = ctypes.c_int32
     library.topt_cpu_supported.restype = ctypes.c_int32
+    library.topt_avx512_supported.restype = ctypes.c_int32
     for function in (library.topt_decode, library.topt_prefill, library.topt_update_v_means):
         function.restype = ctypes.c_int32
         function.argtypes = [ctypes.c_void_p]

@@ -5,6 +5,7 @@ Arguments arrive validated from api.py.
 """
 
 import ctypes
+import functools
 import math
 from dataclasses import dataclass
 
@@ -33,7 +34,7 @@ class _PrefillArgs(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("max_blocks", "num_tokens", "num_seqs")),
         *((name, ctypes.c_int32) for name in ("num_heads", "num_kv_heads", "head_dim")),
         *((name, ctypes.c_int32) for name in ("block_size", "group_size", "compensation")),
-        *((name, ctypes.c_int32) for name in ("window", "dtype", "num_threads")),
+        *((name, ctypes.c_int32) for name in ("window", "dtype", "num_threads", "avx512")),
         *((name, ctypes.c_float) for name in ("sm_scale", "soft_cap")),
     )
 
@@ -46,6 +47,12 @@ class PrefillCall(AttentionCall):
     v_tiles_read: Tensor
 
 
+@functools.cache
+def has_avx512() -> bool:
+    """Whether the native kernel may use AVX-512 here; elsewhere it is AVX2."""
+    return bool(native_library().topt_avx512_supported())
+
+
 def prefill_attention_native(call: PrefillCall, num_threads: int | None) -> None:
     """`api.prefill_attention` in C++; num_threads None for as many as torch uses."""
     args = _PrefillArgs(
@@ -53,6 +60,7 @@ def prefill_attention_native(call: PrefillCall, num_threads: int | None) -> None
         v_tiles_read=call.v_tiles_read.data_ptr(),
         num_tokens=call.query.shape[0],
         num_threads=num_threads or 0,
+        avx512=has_avx512(),
         **call.native_fields(),
     )
     check_status(native_library().topt_prefill(ctypes.byref(args)))

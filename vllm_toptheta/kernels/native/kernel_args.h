@@ -58,6 +58,7 @@ struct ToptPrefillArgs {
   int32_t max_blocks;  // entries in a row of the block table
   int32_t num_tokens, num_seqs, num_heads, num_kv_heads, head_dim, block_size;
   int32_t group_size, compensation, window, dtype, num_threads;  // as for decode
+  int32_t avx512;  // nonzero: the CPU has it (topt_avx512_supported) and it is to be used
   float sm_scale;
   float soft_cap;  // 0: none
 };

@@ -6,12 +6,17 @@
 extern "C" {
 
 // Changes with every change of the structs; Python refuses another number.
-EXPORT int32_t topt_abi_version() { return 2; }
+EXPORT int32_t topt_abi_version() { return 3; }
 
 EXPORT int32_t topt_cpu_supported() {
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("f16c");
+}
+
+EXPORT int32_t topt_avx512_supported() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512f") != 0;
 }
 
 EXPORT int32_t topt_decode(const ToptDecodeArgs* args) { return topt_decode_avx2(*args); }

@@ -5,13 +5,14 @@
 #include <type_traits>
 
 #include "arena.h"
-#include "prefill_tiles_avx2.h"
+#include "prefill_tiles_avx512.h"
 
 namespace topt {
 
 constexpr float kToLog2 = 1.4426950408889634f;
 constexpr int kVTile = 64;           // keys in a tile of V: one word of kept bits
-constexpr int kBlockEighths = 3;     // a block of rows that keeps more than 3/8 of a V tile multiplies all of it
+// A block of rows that keeps more than this part of a V tile multiplies all of it, which AVX-512 makes cheaper.
+constexpr int kWholeSixteenths = 6, kWholeSixteenthsAvx512 = 3;
 
 // Geometry of a call, and the work of one task: query tokens x heads of one kv head, heads numbered from 0.
 // Row r is token r % num_tokens of head r / num_tokens: rows of one head keep about as many keys.
@@ -62,7 +63,8 @@ class PrefillTile {
         G(args.num_heads / args.num_kv_heads),
         v_stride(D + 16),
         group_shift(__builtin_ctz(args.group_size)),
-        num_groups(kKeyTile >> group_shift) {}
+        num_groups(kKeyTile >> group_shift),
+        avx512(args.avx512) {}
 
   int32_t run(Task& t, Arena& arena) const {
     t.num_rows = t.num_tokens * G;
@@ -90,6 +92,7 @@ class PrefillTile {
   const int v_stride;     // padded, so that a column of V does not fall into few cache sets
   const int group_shift;  // log2 of the compensation group
   const int num_groups;   // in a key tile
+  const bool avx512;      // the CPU has it
 
   // Keys [begin, end) that a token sees.
   int end_of(const Task& t, int token) const { return t.first_len + token; }
@@ -154,6 +157,14 @@ class PrefillTile {
     }
   }
 
+  // acc += p v for n rows.
+  void add_values(int n, const float* v, int v_stride, int num_keys, const float* p, int p_stride, float* acc) const {
+    with_rows(n, [&](auto rows) {
+      constexpr int kRows = decltype(rows)::value;
+      (avx512 ? value_block_avx512<kRows> : value_block<kRows>)(v, v_stride, num_keys, p, p_stride, acc, D);
+    });
+  }
+
   void prepare(Task& t) const {
     const float scale = a.soft_cap > 0 ? a.sm_scale / a.soft_cap : a.sm_scale * kToLog2;
     std::fill_n(t.acc, static_cast<size_t>(t.num_rows) * D, 0.0f);
@@ -187,14 +198,19 @@ class PrefillTile {
       std::fill_n(t.kept, static_cast<size_t>(t.num_rows) * 2, uint64_t{0});
       std::fill_n(t.lost, static_cast<size_t>(t.num_rows) * kUnits, 0.0f);
     }
-    for (int u = all.begin / 16; u * 16 < all.end; u++)
+    const int end_unit = (all.end + 15) / 16;
+    for (int u = all.begin / 16, width; u < end_unit; u += width) {
+      width = avx512 && u + 1 < end_unit ? 2 : 1;
       for (int first = 0; first < t.num_rows; first += kRowBlock) {
         const int n = block_rows(t, first);
-        if (partial && !any_sees(t, first, n, position, u)) continue;
+        if (partial && !any_sees(t, first, n, position + 16 * u, 16 * width)) continue;
         float* s = t.p + static_cast<size_t>(first) * kKeyTile + 16 * u;
         const float *panel = t.keys + static_cast<size_t>(u) * 16 * D, *q = t.q + static_cast<size_t>(first) * D;
-        with_rows(n, [&](auto rows) { score_block<decltype(rows)::value>(panel, q, D, s); });
+        with_rows(n, [&](auto rows) {
+          (width == 2 ? score_pair_avx512<decltype(rows)::value> : score_block<decltype(rows)::value>)(panel, q, D, s);
+        });
       }
+    }
     for (int first = 0; first < t.num_rows; first += kRowBlock) {
       const int n = block_rows(t, first);
       PerTile kept = 0, seen = 0;
@@ -210,7 +226,7 @@ class PrefillTile {
       int whole = 0, rest = 0;  // V tiles that the block multiplies whole, and the others that it sees: one bit each
       for (int w = 0; w < 2; w++) {
         const int keeps = kept >> 16 * w & 0xffff, sees = seen >> 16 * w & 0xffff;
-        (keeps * 8 > sees * kBlockEighths ? whole : rest) |= (sees > 0) << w;
+        (keeps * 16 > sees * (avx512 ? kWholeSixteenthsAvx512 : kWholeSixteenths) ? whole : rest) |= (sees > 0) << w;
       }
       if (whole) add_all_values(t, first, n, position, all, whole, rest);
       if (rest) add_kept_values(t, first, n, position, partial, rest);
@@ -218,11 +234,11 @@ class PrefillTile {
     count_v_tiles(t, position);
   }
 
-  // Whether any of n rows sees a key of unit u.
-  bool any_sees(const Task& t, int first, int n, int position, int u) const {
+  // Whether any of n rows sees one of some keys at a position.
+  bool any_sees(const Task& t, int first, int n, int position, int num_keys) const {
     for (int r = first; r < first + n; r++) {
       const Span visible = slots(t, r % t.num_tokens, position);
-      if (visible.begin < 16 * u + 16 && visible.end > 16 * u) return true;
+      if (visible.begin < num_keys && visible.end > 0) return true;
     }
     return false;
   }
@@ -268,7 +284,7 @@ class PrefillTile {
     const float max = max_of(s, begin, end);
     if (row.theta == -INFINITY) {
       raise_max(t, r, max);
-      row.sum += exponentials<false, false>(s, begin, end, row.max, 0, nullptr, nullptr, prefetched(s));
+      row.sum += exponentials_of<false, false>(s, begin, end, row, nullptr, nullptr);
       for (int w = 0; w < 2; w++) kept[w] = bits_between(visible.begin - 64 * w, visible.end - 64 * w);
       row.count = per_tile(visible);
       std::fill_n(t.lost + r * kUnits, kUnits, 0.0f);
@@ -279,8 +295,8 @@ class PrefillTile {
       row.new_best = static_cast<int>(std::find(s + visible.begin, s + visible.end, max) - s);
     raise_max(t, r, max);
     row.sum += a.compensation
-                   ? exponentials<true, true>(s, begin, end, row.max, row.theta, kept, t.lanes, prefetched(s))
-                   : exponentials<true, false>(s, begin, end, row.max, row.theta, kept, nullptr, prefetched(s));
+                   ? exponentials_of<true, true>(s, begin, end, row, kept, t.lanes)
+                   : exponentials_of<true, false>(s, begin, end, row, kept, nullptr);
     if (visible.size() < kKeyTile)
       for (int w = 0; w < 2; w++) kept[w] &= bits_between(visible.begin - 64 * w, visible.end - 64 * w);
     if (a.compensation) sum_lost(t, r, begin, end);
@@ -289,7 +305,12 @@ class PrefillTile {
     row.num_kept += low + high;
   }
 
-  static const char* prefetched(const void* p) { return static_cast<const char*>(p); }
+  template <bool PRUNE, bool LOST>
+  float exponentials_of(float* s, int begin, int end, const Row& row, uint64_t* kept, float* lost) const {
+    if (avx512) return exponentials_avx512<PRUNE, LOST>(s, begin, end, row.max, row.theta, kept, lost);
+    const char* ahead = reinterpret_cast<const char*>(s);  // nothing to prefetch
+    return exponentials<PRUNE, LOST>(s, begin, end, row.max, row.theta, kept, lost, ahead);
+  }
 
   void raise_max(Task& t, int r, float value) const {
     Row& row = t.rows[r];
@@ -347,9 +368,7 @@ class PrefillTile {
     const float* v = t.values + static_cast<size_t>(part.begin) * v_stride;
     const float* p = t.p + static_cast<size_t>(first) * kKeyTile + part.begin;
     float* acc = t.acc + static_cast<size_t>(first) * D;
-    with_rows(n, [&](auto rows) {
-      value_block<decltype(rows)::value>(v, v_stride, part.size(), p, kKeyTile, acc, D);
-    });
+    add_values(n, v, v_stride, part.size(), p, kKeyTile, acc);
   }
 
   // Packs V tiles: of their rows only those that some query row sees.
@@ -382,11 +401,10 @@ class PrefillTile {
       if (partial && a.compensation) compensate_parts(t, r, slots(t, r % t.num_tokens, position), groups);
     }
     if (!a.compensation) return;
-    const float *means = t.means + static_cast<size_t>(groups.begin) * D, *lost = t.lost + first * kUnits + groups.begin;
+    const float* means = t.means + static_cast<size_t>(groups.begin) * D;
+    const float* lost = t.lost + static_cast<size_t>(first) * kUnits + groups.begin;
     float* acc = t.acc + static_cast<size_t>(first) * D;
-    with_rows(n, [&](auto rows) {
-      value_block<decltype(rows)::value>(means, D, groups.size(), lost, kUnits, acc, D);
-    });
+    add_values(n, means, D, groups.size(), lost, kUnits, acc);
   }
 
   // Compensates groups that a row sees in part from the V rows that it sees, and takes them off the list.
