@@ -164,36 +164,42 @@ class Dial:
         seq_lens: torch.Tensor,
         options: Mapping[int, RequestOptions],
         default_k: float | None = None,
+        query_lens: torch.Tensor | None = None,
     ) -> RowPlan:
         """Look up what the rows of a batch are to do.
 
         Args:
-            seq_lens: [num_decodes] int32, keys of each row.
-            options: by row, where they are not the default ones; other rows are ignored.
+            seq_lens: [num_rows] int32, keys of each row.
+            options: by request, where they are not the default ones; others are ignored.
             default_k: mean keys a row keeps where its request does not say; None for the
                 configured k.
+            query_lens: [num_requests] int64, rows of each request; None for one each.
 
         Returns:
             A plan that is the caller's own.
         """
         if not options:
             return self._lookup(default_k, seq_lens)
-        num_decodes = len(seq_lens)
-        rows_by_k: dict[float | None, list[int]] = defaultdict(list)
-        off = []
-        for row in range(num_decodes):
-            asked = options.get(row)
-            k = asked.k if asked else None
-            rows_by_k[default_k if k is None else k].append(row)
-            if asked and asked.off:
-                off.append(row)
-        parts = [
-            (torch.tensor(rows), self._lookup(at, seq_lens[rows])) for at, rows in rows_by_k.items()
+        asked_of = [
+            options.get(i) for i in range(len(seq_lens if query_lens is None else query_lens))
         ]
-        plan = self._empty(num_decodes)
-        for rows, part in parts:
-            plan.put((slice(None), rows), part)
-        if off:
+        ks = [default_k if asked is None or asked.k is None else asked.k for asked in asked_of]
+        groups = {k: group for group, k in enumerate(dict.fromkeys(ks))}
+        off = torch.tensor([asked is not None and asked.off for asked in asked_of])
+        group_of = torch.tensor([groups[k] for k in ks])
+        if query_lens is not None:
+            off, group_of = (
+                off.repeat_interleave(query_lens),
+                group_of.repeat_interleave(query_lens),
+            )
+        if len(groups) == 1:
+            plan = self._lookup(ks[0], seq_lens)
+        else:
+            plan = self._empty(len(seq_lens))
+            for k, group in groups.items():
+                rows = _as_slice((group_of == group).nonzero().squeeze(1))
+                plan.put((slice(None), rows), self._lookup(k, seq_lens[rows]))
+        if off.any():
             for name in REASONS:
                 plan.reasons[name][:, off] = name == "dense_off"
         return plan
@@ -242,6 +248,12 @@ class Dial:
         for group, part in zip(self._groups, parts, strict=True):
             plan.put(group.slots, part)
         return plan
+
+
+def _as_slice(rows: torch.Tensor) -> torch.Tensor | slice:
+    """Rising row numbers as a slice where they follow each other: writing to it is cheaper."""
+    first, last = int(rows[0]), int(rows[-1])
+    return slice(first, last + 1) if last - first + 1 == len(rows) else rows
 
 
 def _plan(group: _LayerGroup, level: _Level, seq_lens: torch.Tensor) -> RowPlan:

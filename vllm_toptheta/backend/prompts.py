@@ -122,13 +122,7 @@ def plan_prompts(
     first = seq_lens - query_lens + 1 - query_start_loc[:-1]
     tokens = int(query_start_loc[-1])
     row_lens = torch.arange(tokens) + first.repeat_interleave(query_lens)
-    starts = query_start_loc.tolist()
-    by_token = {
-        token: asked
-        for prompt, asked in options.items()
-        for token in range(starts[prompt], starts[prompt + 1])
-    }
-    rows: RowPlan = dial.plan(row_lens, by_token, k)
+    rows: RowPlan = dial.plan(row_lens, options, k, query_lens)
     num_layers = len(rows.visible)
     return PromptStep(
         block_table=block_table,
