@@ -70,6 +70,40 @@ def test_prompts_may_have_a_k_of_their_own_and_requests_theirs() -> None:
     assert (step.theta[:, 160] < step.theta[:, 69]).all()
 
 
+@pytest.mark.parametrize("windows", [None, [None, 150]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {0: RequestOptions(k=16)},
+        {0: RequestOptions(k=16), 2: RequestOptions(k=16)},
+        {0: RequestOptions(pruning=False), 1: RequestOptions(k=16), 2: RequestOptions(k=200)},
+    ],
+    ids=str,
+)
+def test_options_of_a_prompt_hold_for_each_of_its_tokens(
+    options: dict[int, RequestOptions], windows: list[int | None] | None
+) -> None:
+    dial = make_dial(windows)
+    step = plan_step(dial, 32, options)
+    prompt_of = torch.arange(3).repeat_interleave(torch.tensor(QUERY_LENS)).tolist()
+    for token, prompt in enumerate(prompt_of):
+        asked = {0: options[prompt]} if prompt in options else {}
+        alone = dial.plan(step.row_lens[token : token + 1], asked, 32)
+        assert torch.equal(step.theta[:, token], alone.theta[:, 0])
+        dense = torch.stack(list(alone.reasons.values())).any(0)
+        assert torch.equal(step.dense[:, token], dense[:, 0])
+        assert torch.equal(step.visible[:, token], alone.visible[:, 0])
+
+
+def test_what_another_kernel_keeps_is_every_visible_key() -> None:
+    step = plan_step(make_dial([None, 150]))
+    step.keep_all()
+    counts = step.counts()
+    assert (counts["prefill_keys_kept"] == counts["prefill_keys_scored"]).all()
+    assert (counts["prefill_v_tiles_read"] == counts["prefill_v_tiles"]).all()
+    assert counts["prefill_keys_scored"][1].sum() < counts["prefill_keys_scored"][0].sum()
+
+
 @pytest.mark.parametrize("window", [None, 150])
 def test_counts_are_sums_over_the_tokens_of_a_prompt(window: int | None) -> None:
     step = plan_step(make_dial([None, window]))

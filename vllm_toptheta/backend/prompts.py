@@ -50,11 +50,20 @@ class PromptStep(PromptRows):
     visible: torch.Tensor
     row_lens: torch.Tensor
 
+    def _visible_tiles(self) -> torch.Tensor:
+        """[num_layers, num_tokens] int64, V tiles with a key that a row sees."""
+        begins = (self.row_lens - self.visible) // V_TILE
+        return (self.row_lens + V_TILE - 1) // V_TILE - begins
+
+    def keep_all(self) -> None:
+        """Note what another kernel keeps, which does not prune and does not count."""
+        self.num_kept.copy_(self.visible[..., None])
+        self.v_tiles_read.copy_(self._visible_tiles()[..., None])
+
     def counts(self) -> dict[str, np.ndarray[Any, Any]]:
         """Telemetry columns of every prompt, each [num_layers, num_prompts] int64."""
         num_heads, num_kv_heads = self.num_kept.shape[2], self.v_tiles_read.shape[2]
-        visible, ends = self.visible.numpy(), self.row_lens.numpy()
-        tiles = -(-ends // V_TILE) - (ends - visible) // V_TILE
+        visible, tiles = self.visible.numpy(), self._visible_tiles().numpy()
         starts = self.query_start_loc.numpy()[:-1]
 
         def by_prompt(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
