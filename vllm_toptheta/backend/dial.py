@@ -188,10 +188,8 @@ class Dial:
         off = torch.tensor([asked is not None and asked.off for asked in asked_of])
         group_of = torch.tensor([groups[k] for k in ks])
         if query_lens is not None:
-            off, group_of = (
-                off.repeat_interleave(query_lens),
-                group_of.repeat_interleave(query_lens),
-            )
+            off = off.repeat_interleave(query_lens)
+            group_of = group_of.repeat_interleave(query_lens)
         if len(groups) == 1:
             plan = self._lookup(ks[0], seq_lens)
         else:
