@@ -50,7 +50,7 @@ class _DecodeArgs(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("max_blocks", "num_seqs", "num_heads")),
         *((name, ctypes.c_int32) for name in ("num_kv_heads", "head_dim", "block_size")),
         *((name, ctypes.c_int32) for name in ("group_size", "compensation", "window")),
-        *((name, ctypes.c_int32) for name in ("dtype", "num_splits", "num_threads")),
+        *((name, ctypes.c_int32) for name in ("dtype", "num_splits", "num_threads", "avx512")),
         *((name, ctypes.c_float) for name in ("sm_scale", "soft_cap")),
     )
 
@@ -118,6 +118,12 @@ def native_library() -> ctypes.CDLL:
     if native.library is None:
         raise RuntimeError(f'impl="native" is not available: {native.reason}')
     return native.library
+
+
+@functools.cache
+def has_avx512() -> bool:
+    """Whether the native kernels may use AVX-512 here; elsewhere they are AVX2."""
+    return bool(native_library().topt_avx512_supported())
 
 
 def check_status(status: int) -> None:
@@ -199,6 +205,7 @@ class AttentionCall:
             "compensation": self.compensation,
             "window": self.window or 0,
             "dtype": DTYPES[self.kv_cache.dtype],
+            "avx512": has_avx512(),
             "sm_scale": self.sm_scale,
             "soft_cap": self.soft_cap or 0.0,
         }

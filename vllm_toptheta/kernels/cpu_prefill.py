@@ -5,7 +5,6 @@ Arguments arrive validated from api.py.
 """
 
 import ctypes
-import functools
 import math
 from dataclasses import dataclass
 
@@ -47,12 +46,6 @@ class PrefillCall(AttentionCall):
     v_tiles_read: Tensor
 
 
-@functools.cache
-def has_avx512() -> bool:
-    """Whether the native kernel may use AVX-512 here; elsewhere it is AVX2."""
-    return bool(native_library().topt_avx512_supported())
-
-
 def prefill_attention_native(call: PrefillCall, num_threads: int | None) -> None:
     """`api.prefill_attention` in C++; num_threads None for as many as torch uses."""
     args = _PrefillArgs(
@@ -60,7 +53,6 @@ def prefill_attention_native(call: PrefillCall, num_threads: int | None) -> None
         v_tiles_read=call.v_tiles_read.data_ptr(),
         num_tokens=call.query.shape[0],
         num_threads=num_threads or 0,
-        avx512=has_avx512(),
         **call.native_fields(),
     )
     check_status(native_library().topt_prefill(ctypes.byref(args)))

@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #include "arena.h"
-#include "tiles_avx2.h"
+#include "tiles_avx512.h"
 
 namespace topt {
 
@@ -58,7 +58,7 @@ class PageAttention {
     int32_t* new_best;  // [G] slot of a new best key in this block, or -1
     Block blocks[2];
     HeadState* state;   // [G]
-    float* acc;         // [G][D] weighted V sums, in the order of Elem<T>::load16
+    float* acc;         // [G][D] weighted V sums, in the order of Elem<T>::load16, or of Wide<T>::load32
     int32_t num_union;  // V rows kept by any head
   };
 
@@ -67,7 +67,8 @@ class PageAttention {
         D(args.head_dim),
         B(args.block_size),
         G(args.num_heads / args.num_kv_heads),
-        num_tiles((G + kMaxTileHeads - 1) / kMaxTileHeads),
+        wide(a.avx512 && D % 32 == 0 && B % 32 == 0),
+        num_tiles((G + max_tile_heads() - 1) / max_tile_heads()),
         tile_heads(G / num_tiles),
         wider_tiles(G % num_tiles),
         num_units(B / 16),
@@ -77,13 +78,15 @@ class PageAttention {
 
   const ToptDecodeArgs& a;
   const int D, B, G;
-  const int num_tiles;                // runs of at most kMaxTileHeads heads that are computed together
+  const bool wide;                    // AVX-512: inner loops and the order of accumulators are those of Wide<T>
+  const int num_tiles;                // runs of at most max_tile_heads() heads that are computed together
   const int tile_heads, wider_tiles;  // heads in a tile; the first tiles have one more
   const int num_units;                // runs of 16 tokens in a block
   const int num_words;                // 64-bit words of kept bits in a block
   const int lost_stride;              // num_units, padded to whole vectors
   const int group_shift;              // log2 of the compensation group
 
+  int max_tile_heads() const { return wide ? kMaxWideTileHeads : kMaxTileHeads; }
   Span span(int seq) const {
     const int n = std::max(a.seq_lens[seq], 0);
     return {a.window > 0 ? std::max(n - a.window, 0) : 0, n};
@@ -193,7 +196,11 @@ class PageAttention {
       case 1: return f(std::integral_constant<int, 1>{});
       case 2: return f(std::integral_constant<int, 2>{});
       case 3: return f(std::integral_constant<int, 3>{});
-      default: return f(std::integral_constant<int, 4>{});
+      case 4: return f(std::integral_constant<int, 4>{});
+      case 5: return f(std::integral_constant<int, 5>{});
+      case 6: return f(std::integral_constant<int, 6>{});
+      case 7: return f(std::integral_constant<int, 7>{});
+      default: return f(std::integral_constant<int, 8>{});
     }
   }
 
@@ -201,6 +208,7 @@ class PageAttention {
   // them; the first tile of heads prefetches the chunk that follows.
   void scores(Task& t, const T* k, Block& block, const Span& visible, const char* after) const {
     const int begin = visible.begin & ~15, end = (visible.end + 15) & ~15;
+    const int wide_begin = visible.begin & ~31, wide_end = (visible.end + 31) & ~31;
     const int chunks = std::max<int>((static_cast<size_t>(D) * B * sizeof(T) + kChunkBytes - 1) / kChunkBytes, 1);
     const int step = ((D + chunks - 1) / chunks + 1) & ~1;
     for (int d = 0; d < D; d += step) {
@@ -214,8 +222,12 @@ class PageAttention {
         float* s = block.p + static_cast<size_t>(g0) * B;
         with_heads(heads, [&](auto n) {
           constexpr int GT = decltype(n)::value;
-          return tile == 0 ? score_chunk<T, GT, true>(chunk, B, q, dims, first, last, s, B, begin, end, ahead)
-                           : score_chunk<T, GT, false>(chunk, B, q, dims, first, last, s, B, begin, end, ahead);
+          if constexpr (GT <= kMaxTileHeads)
+            if (!wide)
+              return (tile == 0 ? score_chunk<T, GT, true> : score_chunk<T, GT, false>)(
+                  chunk, B, q, dims, first, last, s, B, begin, end, ahead);
+          return (tile == 0 ? score_chunk_avx512<T, GT, true> : score_chunk_avx512<T, GT, false>)(
+              chunk, B, q, dims, first, last, s, B, wide_begin, wide_end, ahead);
         });
       }
     }
@@ -241,8 +253,12 @@ class PageAttention {
         float* acc = t.acc + static_cast<size_t>(g0) * D;
         with_heads(heads, [&](auto m) {
           constexpr int GT = decltype(m)::value;
-          return tile == 0 ? value_chunk<T, GT, true>(chunk, D, n, w, p_stride, acc, ahead)
-                           : value_chunk<T, GT, false>(chunk, D, n, w, p_stride, acc, ahead);
+          if constexpr (GT <= kMaxTileHeads)
+            if (!wide)
+              return (tile == 0 ? value_chunk<T, GT, true> : value_chunk<T, GT, false>)(
+                  chunk, D, n, w, p_stride, acc, ahead);
+          return (tile == 0 ? value_chunk_avx512<T, GT, true> : value_chunk_avx512<T, GT, false>)(
+              chunk, D, n, w, p_stride, acc, ahead);
         });
       }
     }
@@ -262,8 +278,8 @@ class PageAttention {
     for (int g = 0; g < G; g++) {
       float* s = block.p + static_cast<size_t>(g) * B;
       raise_max(t, g, max_of(s, begin, end));
-      t.state[g].sum += exponentials<false, false>(s, begin, end, t.state[g].max, 0, nullptr, nullptr,
-                                                   bytes(block.v) + kChunkBytes);
+      t.state[g].sum += exponentials_with<false, false>(wide, s, begin, end, t.state[g].max, 0, nullptr, nullptr,
+                                                        bytes(block.v) + kChunkBytes);
       t.state[g].num_kept += visible.end - visible.begin;
     }
     t.num_union += visible.end - visible.begin;
@@ -289,9 +305,11 @@ class PageAttention {
       }
       raise_max(t, g, max);
       const char* ahead = (expects_v ? bytes(block.v) + kChunkBytes : bytes(means_of(next))) + g * num_units * 64;
-      state.sum += a.compensation
-                       ? exponentials<true, true>(s, begin, end, state.max, t.theta[g], kept, t.lost_lanes, ahead)
-                       : exponentials<true, false>(s, begin, end, state.max, t.theta[g], kept, nullptr, ahead);
+      const float theta = t.theta[g];
+      state.sum +=
+          a.compensation
+              ? exponentials_with<true, true>(wide, s, begin, end, state.max, theta, kept, t.lost_lanes, ahead)
+              : exponentials_with<true, false>(wide, s, begin, end, state.max, theta, kept, nullptr, ahead);
       if (partial) hide(kept, visible);
       if (a.compensation) sum_lost(t, g, begin, end);
       int count = 0;
@@ -379,7 +397,9 @@ class PageAttention {
           t.offsets[n] = slot * D;
           t.gathered[n] = p[slot];
         }
-      if (n) gather_rows(block.v, D, t.offsets, t.gathered, n, t.acc + static_cast<size_t>(g) * D);
+      if (n)
+        (wide ? gather_rows_avx512<T> : gather_rows<T>)(block.v, D, t.offsets, t.gathered, n,
+                                                        t.acc + static_cast<size_t>(g) * D);
     }
   }
 

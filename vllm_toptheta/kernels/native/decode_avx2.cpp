@@ -134,12 +134,7 @@ class Decoder : PageAttention<T> {
         for (int d = 0; d < D; d += 8)
           _mm256_store_ps(total + d, _mm256_fmadd_ps(f, _mm256_load_ps(acc + d), _mm256_load_ps(total + d)));
       }
-      for (int d = 0; d < D; d += 16) {
-        __m256 x = _mm256_load_ps(total + d), y = _mm256_load_ps(total + d + 8);
-        Elem<T>::unpermute(x, y);
-        _mm256_store_ps(total + d, x);
-        _mm256_store_ps(total + d + 8, y);
-      }
+      (this->wide ? unpermute_row_avx512<T> : unpermute_row<T>)(total, D);
       if (num_kept == 0 && best->best_pos >= 0) {
         num_kept = 1;
         v_rows += !best->best_is_kept && !is_best_of_earlier_head(first, splits, g, best->best_pos);

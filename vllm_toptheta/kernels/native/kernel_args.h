@@ -37,6 +37,7 @@ struct ToptDecodeArgs {
   int32_t dtype;         // ToptDtype
   int32_t num_splits;    // parts of a row; 0: chosen from the work
   int32_t num_threads;   // 0: what OpenMP would use
+  int32_t avx512;        // nonzero: the CPU has it (topt_avx512_supported) and it is to be used
   float sm_scale;
   float soft_cap;  // 0: none
 };
@@ -58,7 +59,7 @@ struct ToptPrefillArgs {
   int32_t max_blocks;  // entries in a row of the block table
   int32_t num_tokens, num_seqs, num_heads, num_kv_heads, head_dim, block_size;
   int32_t group_size, compensation, window, dtype, num_threads;  // as for decode
-  int32_t avx512;  // nonzero: the CPU has it (topt_avx512_supported) and it is to be used
+  int32_t avx512;                                                // as for decode
   float sm_scale;
   float soft_cap;  // 0: none
 };

@@ -307,9 +307,8 @@ class PrefillTile {
 
   template <bool PRUNE, bool LOST>
   float exponentials_of(float* s, int begin, int end, const Row& row, uint64_t* kept, float* lost) const {
-    if (avx512) return exponentials_avx512<PRUNE, LOST>(s, begin, end, row.max, row.theta, kept, lost);
     const char* ahead = reinterpret_cast<const char*>(s);  // nothing to prefetch
-    return exponentials<PRUNE, LOST>(s, begin, end, row.max, row.theta, kept, lost, ahead);
+    return exponentials_with<PRUNE, LOST>(avx512, s, begin, end, row.max, row.theta, kept, lost, ahead);
   }
 
   void raise_max(Task& t, int r, float value) const {

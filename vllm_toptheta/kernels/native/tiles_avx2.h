@@ -209,6 +209,17 @@ TOPT_INLINE void scale_row(float* row, int n, float factor) {
   for (int d = 0; d < n; d += 8) _mm256_store_ps(row + d, _mm256_mul_ps(f, _mm256_load_ps(row + d)));
 }
 
+// Turns a sum from the order of Elem<T>::load16 into the natural one.
+template <class T>
+TOPT_TILE void unpermute_row(float* row, int head_dim) {
+  for (int d = 0; d < head_dim; d += 16) {
+    __m256 x = _mm256_load_ps(row + d), y = _mm256_load_ps(row + d + 8);
+    Elem<T>::unpermute(x, y);
+    _mm256_store_ps(row + d, x);
+    _mm256_store_ps(row + d + 8, y);
+  }
+}
+
 // row += factor * x, both in natural order.
 template <class T>
 TOPT_INLINE void add_scaled(float* row, const T* x, int n, float factor) {
