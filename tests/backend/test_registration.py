@@ -3,8 +3,10 @@ version guard."""
 
 import logging
 import multiprocessing
+import os
 import pickle
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -114,3 +116,32 @@ def test_the_wrapped_names_are_where_we_expect_them() -> None:
         (GPUModelRunner, "sample_tokens"),
     ):
         assert callable(getattr(owner, name))
+
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def _huge_bytes_of_a_large_tensor() -> int:
+    held = torch.zeros(64 << 20, dtype=torch.int8)
+    words = Path("/proc/self/smaps_rollup").read_text().split()
+    del held
+    return int(words[words.index("AnonHugePages:") + 1]) << 10
+
+
+@pytest.mark.skipif(
+    not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text(),
+    reason="this Linux has no transparent huge pages",
+)
+def test_spawned_processes_allocate_huge_pages(
+    smollm2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "")  # so that it is restored
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
+    options: dict[str, Any] = {"model": str(smollm2), "dtype": "float32", "max_model_len": 256}
+    for backend in (None, "toptheta"):
+        assert "THP_MEM_ALLOC_ENABLE" not in os.environ
+        EngineArgs(**options, attention_backend=backend).create_engine_config()
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(_huge_bytes_of_a_large_tensor) >= 32 << 20

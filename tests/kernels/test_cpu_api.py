@@ -179,13 +179,6 @@ def test_compiler_problems_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert list(tmp_path.iterdir()) == []
 
 
-def test_huge_page_advice_is_harmless() -> None:
-    tensor = torch.arange(3 << 20, dtype=torch.float32)
-    assert isinstance(api.advise_huge_pages(tensor), bool)
-    assert torch.equal(tensor, torch.arange(3 << 20, dtype=torch.float32))
-    assert not api.advise_huge_pages(torch.zeros(4))
-
-
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_block_table_that_is_too_short_is_refused(impl: str) -> None:
     case = make_case(Spec())

@@ -39,7 +39,6 @@ from vllm_toptheta.backend.sidecar import enlarge_page
 from vllm_toptheta.config import TopThetaConfig
 from vllm_toptheta.kernels.api import (
     PageLayout,
-    advise_huge_pages,
     available_impl,
     decode_attention,
     prefill_attention,
@@ -377,7 +376,6 @@ class TopThetaCPUImpl(CPUAttentionBackendImpl):
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        _advise_once(kv_cache)
         super().do_kv_cache_update(layer, key, value, self._kv_only(kv_cache), slot_mapping)
         if self.compensation:
             update_v_means(kv_cache, self.layout, slot_mapping, impl=self.kernel_impl)
@@ -463,14 +461,3 @@ def stock_prompts_are_faster() -> bool:
     which vLLM chooses the library that it loads.
     """
     return torch.cpu._is_avx512_supported()
-
-
-_advised: set[int] = set()
-
-
-def _advise_once(kv_cache: torch.Tensor) -> None:
-    """Ask for huge pages, once for the allocation that all layers share."""
-    address = kv_cache.untyped_storage().data_ptr()
-    if address not in _advised:
-        _advised.add(address)
-        advise_huge_pages(kv_cache)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from vllm_toptheta.kernels import cpu, cpu_prefill
-from vllm_toptheta.kernels.cpu import advise_huge_pages
 from vllm_toptheta.kernels.cpu_prefill import V_TILE
 
 __all__ = [
@@ -20,7 +19,6 @@ __all__ = [
     "Impl",
     "PageLayout",
     "PageViews",
-    "advise_huge_pages",
     "available_impl",
     "decode_attention",
     "prefill_attention",

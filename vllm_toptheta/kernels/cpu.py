@@ -6,7 +6,6 @@ machines without it. Arguments arrive validated from api.py.
 
 import ctypes
 import functools
-import mmap
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,6 @@ from vllm_toptheta.kernels.build_native import LIBRARY_NAME
 if TYPE_CHECKING:
     from vllm_toptheta.kernels.api import PageLayout
 
-_MADV_COLLAPSE = 25  # not in the mmap module of Python 3.11
 _ABI_VERSION = 3
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 STATUS = {
@@ -331,31 +329,3 @@ def _weights(
     lost = probs.new_zeros(*scores.shape[:2], int(group[-1]) + 1)
     lost.index_add_(-1, group, probs - weights)
     return weights + (lost / torch.bincount(group))[..., group], kept
-
-
-def advise_huge_pages(tensor: Tensor) -> bool:
-    """Ask the kernel to back a large tensor with huge pages; worth about 10% on long contexts.
-
-    Pages that are already in use are collapsed at once where the kernel can do that (Linux 6.1).
-
-    Args:
-        tensor: the whole KV cache of a layer, any shape, on the CPU.
-
-    Returns:
-        Whether the advice was taken; a refusal is harmless.
-    """
-    advice = getattr(mmap, "MADV_HUGEPAGE", None)
-    if advice is None or tensor.device.type != "cpu":
-        return False
-    storage = tensor.untyped_storage()
-    huge = 2 << 20
-    begin = (storage.data_ptr() + huge - 1) // huge * huge
-    end = (storage.data_ptr() + storage.nbytes()) // huge * huge
-    if end <= begin:
-        return False
-    madvise = ctypes.CDLL(None, use_errno=True).madvise
-    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    taken = bool(madvise(begin, end - begin, advice) == 0)
-    if taken:
-        madvise(begin, end - begin, _MADV_COLLAPSE)
-    return taken
