@@ -238,7 +238,17 @@ def _count_prompt(
     tl.store(out + _PREFILL_V_TILES_READ, tl.sum(read, 0))
 
 
-@triton.jit
+# What varies from step to step, or between layers, is not specialised: a new value would mean a
+# new binary while requests wait.
+@triton.jit(
+    do_not_specialize=["num_rows", "max_rows", "num_tokens"],
+    do_not_specialize_on_alignment=[
+        "seq_lens_ptr",
+        "query_start_loc_ptr",
+        "is_prompt_ptr",
+        "row_level_ptr",
+    ],
+)
 def _count_kernel(
     seq_lens_ptr,
     query_start_loc_ptr,

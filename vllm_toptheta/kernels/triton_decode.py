@@ -194,7 +194,6 @@ def decode_attention(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    splits_padded = triton.next_power_of_2(num_splits)
     _merge_kernel[(num_heads, num_seqs)](
         value_cache,
         value_cache if v_means is None else v_means,
@@ -226,8 +225,9 @@ def decode_attention(
         GROUP_SIZE=group_size,
         TILE=config.tile,
         MIN_TILES=config.min_tiles,
-        SPLITS_PADDED=splits_padded,
-        CHUNK=min(splits_padded, 16 if head_dim <= 128 else 8),
+        # One binary for every number of splits, which differs between batch sizes.
+        SPLITS_PADDED=MAX_SPLITS,
+        CHUNK=16 if head_dim <= 128 else 8,
         COMPENSATION=v_means is not None,
         SINKS=sinks is not None,
         SCALED=v_scale is not None,

@@ -9,7 +9,11 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit
+# What varies from step to step, or between layers, is not specialised: a new value would mean a
+# new binary while requests wait.
+@triton.jit(
+    do_not_specialize_on_alignment=["slot_mapping_ptr"],
+)
 def _update_v_means_kernel(
     value_ptr,
     means_ptr,

@@ -11,7 +11,21 @@ import triton.language as tl
 from vllm_toptheta.kernels.triton_split import LOG2E
 
 
-@triton.jit
+# What varies from step to step, or between layers, is not specialised: a new value would mean a
+# new binary while requests wait.
+@triton.jit(
+    do_not_specialize=["window", "num_splits", "block_table_stride"],
+    do_not_specialize_on_alignment=[
+        "block_table_ptr",
+        "seq_lens_ptr",
+        "dense_ptr",
+        "sinks_ptr",
+        "v_scale_ptr",
+        "lse_ptr",
+        "num_kept_ptr",
+        "v_rows_read_ptr",
+    ],
+)
 def _merge_kernel(
     value_ptr,
     means_ptr,

@@ -195,7 +195,23 @@ def _extra_tiles(alone, position, TOKENS: tl.constexpr, HEADS_PADDED: tl.constex
     return tl.sum(alone * (1 - repeated), 1)
 
 
-@triton.jit
+# What varies from step to step, or between layers, is not specialised: a new value would mean a
+# new binary while requests wait.
+@triton.jit(
+    do_not_specialize=["window", "num_seqs", "block_table_stride", "theta_stride"],
+    do_not_specialize_on_alignment=[
+        "block_table_ptr",
+        "query_start_loc_ptr",
+        "seq_lens_ptr",
+        "theta_ptr",
+        "dense_ptr",
+        "sinks_ptr",
+        "k_scale_ptr",
+        "v_scale_ptr",
+        "num_kept_ptr",
+        "v_tiles_read_ptr",
+    ],
+)
 def _prefill_kernel(
     query_ptr,
     key_ptr,

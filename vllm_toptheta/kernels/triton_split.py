@@ -112,7 +112,18 @@ def _spread_partial_groups(
     return weights, head | tail
 
 
-@triton.jit
+# What varies from step to step, or between layers, is not specialised: a new value would mean a
+# new binary while requests wait.
+@triton.jit(
+    do_not_specialize=["window", "block_table_stride", "theta_stride"],
+    do_not_specialize_on_alignment=[
+        "block_table_ptr",
+        "seq_lens_ptr",
+        "theta_ptr",
+        "dense_ptr",
+        "k_scale_ptr",
+    ],
+)
 def _split_kernel(
     query_ptr,
     key_ptr,

@@ -25,7 +25,12 @@ _LAYER = tl.constexpr(DENSE_LAYER)
 _ROW = tl.constexpr(DENSE_ROW)
 
 
-@triton.jit
+# What varies from step to step, or between layers, is not specialised: a new value would mean a
+# new binary while requests wait.
+@triton.jit(
+    do_not_specialize=["num_seqs", "min_len", "out_layer_stride", "dense_layer_stride"],
+    do_not_specialize_on_alignment=["seq_lens_ptr", "row_k_ptr", "row_level_ptr", "row_dense_ptr"],
+)
 def _lookup_theta_kernel(
     theta_ptr,
     slope_ptr,
