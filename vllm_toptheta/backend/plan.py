@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from vllm.model_executor.models.utils import extract_layer_index
 
+from vllm_toptheta.backend.unsupported import check_engine
 from vllm_toptheta.config import TopThetaConfig
 from vllm_toptheta.model_identity import ModelIdentity
 from vllm_toptheta.request_options import RequestPolicy, TargetK
@@ -48,6 +49,7 @@ class Plan:
         return plan
 
     def _check(self, vllm_config: Any) -> None:
+        check_engine(vllm_config)
         num_layers = self.table.num_layers
         for index in self.config.layers:
             if not 0 <= index < num_layers:

@@ -1,0 +1,153 @@
+"""What an engine cannot do together with this backend: vLLM's configuration in, perhaps one error
+out that says what to type instead.
+
+vLLM would start with most of these, and answers or counts would be wrong.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import vllm.envs as envs
+from vllm.platforms import current_platform
+
+from vllm_toptheta.backend.registration import NAME
+
+_NGRAM = """--speculative-config '{"method": "ngram", "num_speculative_tokens": 3}'"""
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """A combination that does not work.
+
+    Attributes:
+        applies: whether a vLLM configuration asks for it.
+        what: its name.
+        why: what would go wrong.
+        instead: what to type.
+        on_cpu: whether it does not work on a CPU either.
+    """
+
+    applies: Callable[[Any], bool]
+    what: str
+    why: str
+    instead: str
+    on_cpu: bool = True
+
+
+def _per_kind(config: Any) -> bool:
+    kinds = config.attention_config.backend_per_kind or {}
+    return any(getattr(backend, "name", None) == NAME for backend in kinds.values())
+
+
+def _drafts_always_as_target(config: Any) -> bool:
+    """Whether a draft's attention runs on this backend whatever its own options say."""
+    spec = config.speculative_config
+    if spec is None or not spec.uses_draft_kv_cache():
+        return False
+    always = config.use_v2_model_runner and (spec.uses_draft_model() or spec.use_gemma4_mtp())
+    return bool(always or _per_kind(config))
+
+
+def _drafts_as_target(config: Any) -> bool:
+    """Whether a draft's attention runs on this backend unless its own options say otherwise."""
+    spec = config.speculative_config
+    if spec is None:
+        return False
+    if (chosen := spec.attention_backend) is not None:
+        return bool(getattr(chosen, "name", None) == NAME)
+    # The V1 runner, and the other methods, choose a backend for the draft.
+    return config.use_v2_model_runner and spec.method in ("eagle", "eagle3", "mtp")
+
+
+def _context_parallel(config: Any) -> bool:
+    parallel = config.parallel_config
+    return bool(
+        parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
+    )
+
+
+def _moves_blocks(config: Any) -> bool:
+    transfer = config.kv_transfer_config
+    return transfer is not None and transfer.is_kv_transfer_instance
+
+
+_THRESHOLDS_OF_A_DRAFT = "its layers would run on the served model's thresholds"
+
+_REFUSALS = (
+    _Refusal(
+        _drafts_always_as_target,
+        "this kind of draft model",
+        _THRESHOLDS_OF_A_DRAFT,
+        f"Draft without a model instead ({_NGRAM}), or serve without --speculative-config",
+    ),
+    _Refusal(
+        _drafts_as_target,
+        "a draft model on its own backend",
+        _THRESHOLDS_OF_A_DRAFT,
+        'Add "attention_backend": "TRITON_ATTN" (on a CPU "CPU_ATTN") to --speculative-config',
+    ),
+    _Refusal(
+        lambda config: config.model_config.attention_chunk_size is not None,
+        "chunked local attention",
+        "thresholds are calibrated on whole rows and windows",
+        "Serve this model with another --attention-backend",
+    ),
+    _Refusal(
+        lambda config: config.cache_config.kv_sharing_fast_prefill,
+        "fast prefill of layers that share KV",
+        "these layers see other rows than the rest of the step, which counts and options follow",
+        "Drop --kv-sharing-fast-prefill",
+    ),
+    _Refusal(
+        _context_parallel,
+        "context parallelism",
+        "a rank sees a part of each row, so neither its best key nor its denominator",
+        "Drop --decode-context-parallel-size and --prefill-context-parallel-size",
+    ),
+    _Refusal(
+        lambda config: bool(envs.VLLM_BATCH_INVARIANT),
+        "batch invariance",
+        "a row is cut into parts by the size of the batch",
+        "Unset VLLM_BATCH_INVARIANT",
+    ),
+    _Refusal(
+        lambda config: config.parallel_config.use_ubatching,
+        "dual batch overlap",
+        "the parts of a batch are counted as one, and requests would get each other's options",
+        "Drop --enable-dbo and --ubatch-size",
+        on_cpu=False,
+    ),
+    # On a GPU V means lie behind K and V in a page, outside of the tensors that these copy.
+    _Refusal(
+        lambda config: config.cache_config.mamba_cache_mode == "align",
+        "prefix caching of Mamba states",
+        "it copies blocks without their V means",
+        "Pass --no-enable-prefix-caching",
+        on_cpu=False,
+    ),
+    _Refusal(
+        _moves_blocks,
+        "KV connectors and KV offloading",
+        "they move blocks without their V means",
+        "Drop --kv-transfer-config and --kv-offloading-size",
+        on_cpu=False,
+    ),
+)
+
+
+def check_engine(config: Any) -> None:
+    """Refuse what does not work.
+
+    Args:
+        config: vLLM's `VllmConfig`.
+
+    Raises:
+        ValueError: one message saying what does not work, why, and what to type.
+    """
+    on_cpu = current_platform.is_cpu()
+    for refusal in _REFUSALS:
+        if (refusal.on_cpu or not on_cpu) and refusal.applies(config):
+            raise ValueError(
+                f"toptheta does not work with {refusal.what}: {refusal.why}. {refusal.instead}"
+            )
