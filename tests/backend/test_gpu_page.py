@@ -1,5 +1,6 @@
 """V means behind K and V of vLLM's GPU pages: in every layout, and where layers differ."""
 
+import gc
 from typing import Any
 
 import pytest
@@ -8,7 +9,24 @@ pytest.importorskip("vllm", reason="needs an installed vLLM")
 pytest.importorskip("triton")
 
 import torch  # noqa: E402
-from vllm.v1.core.kv_cache_utils import unify_kv_cache_spec_page_size  # noqa: E402
+from gpu_engine import (  # noqa: E402
+    BLOCK,
+    HEAD_DIM,
+    HEADS,
+    KV_HEADS,
+    NAMES,
+    Batch,
+    configure,
+    make_groups,
+    make_layer,
+    stub_stock_kernels,
+)
+from torch.multiprocessing.reductions import StorageWeakRef  # noqa: E402
+from triton_interpreter import needs_interpreter  # noqa: E402
+from vllm.v1.core.kv_cache_utils import (  # noqa: E402
+    unify_hybrid_kv_cache_specs,
+    unify_kv_cache_spec_page_size,
+)
 from vllm.v1.kv_cache_interface import (  # noqa: E402
     FullAttentionSpec,
     KVCacheConfig,
@@ -18,10 +36,11 @@ from vllm.v1.kv_cache_interface import (  # noqa: E402
     SlidingWindowSpec,
 )
 from vllm.v1.kv_cache_layout import KVCacheLayout  # noqa: E402
-from vllm.v1.worker.utils import allocate_kv_cache  # noqa: E402
+from vllm.v1.worker.gpu.attn_utils import init_kv_cache  # noqa: E402
+from vllm.v1.worker.utils import allocate_kv_cache, clear_layer_kv_caches  # noqa: E402
 
 from vllm_toptheta.backend.gpu import TopThetaGPUBackend  # noqa: E402
-from vllm_toptheta.backend.sidecar import pad_page, v_means_view  # noqa: E402
+from vllm_toptheta.backend.sidecar import check_room, pad_page, v_means_view  # noqa: E402
 
 LAYERS = ["first", "second"]
 NUM_BLOCKS = 4
@@ -132,3 +151,45 @@ def test_layers_of_other_backends_keep_their_pages() -> None:
     unified = unify_kv_cache_spec_page_size({"ours": ours, "other": other})
     assert unified["ours"].page_size_bytes == unified["other"].page_size_bytes
     assert unified["ours"].block_size == unified["other"].block_size == 16
+
+
+def test_a_promoted_window_layer_without_room_is_refused() -> None:
+    """Without vLLM's hybrid manager windowed layers take the block size of the others, and their
+    pages keep their size.
+    """
+    specs = {
+        "full": pad_page(spec_of(block_size=64), 16),
+        "window": pad_page(spec_of(SlidingWindowSpec, block_size=16, sliding_window=128), 16),
+    }
+    for spec in specs.values():
+        check_room(spec, 16)
+    unify_hybrid_kv_cache_specs(specs)
+    assert specs["window"].block_size == 64
+    with pytest.raises(ValueError, match="pages of 64 tokens have .* they need .*backend_per_kind"):
+        check_room(specs["window"], 16)
+
+
+@needs_interpreter
+def test_a_cache_that_vllm_lets_go_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM captures graphs on a temporary cache first; whoever holds a view of it holds its memory
+    while the real one is allocated.
+    """
+    stub_stock_kernels(monkeypatch)
+    config = configure()
+    layers = [make_layer(config, name) for name in NAMES]
+    groups, cache = make_groups(monkeypatch, config, num_blocks=8)
+    everything = config.compilation_config.static_forward_context
+    caches = init_kv_cache(everything, cache, torch.device("cpu"), [BLOCK], config)
+    storage = StorageWeakRef(layers[0].kv_cache.untyped_storage())
+    common = Batch([20, 33], [1, 1]).common()
+    metadata = groups[0].get_metadata_builder().build(0, common)
+    key = torch.zeros(2, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16)
+    query = torch.zeros(2, HEADS, HEAD_DIM, dtype=torch.bfloat16)
+    for layer in layers:
+        layer.impl.do_kv_cache_update(layer, key, key, layer.kv_cache, torch.tensor([15, 31]))
+        layer.impl.forward(layer, query, key, key, layer.kv_cache, metadata, query.clone())
+    assert not storage.expired()
+    caches.clear()
+    clear_layer_kv_caches(everything.values())
+    gc.collect()
+    assert storage.expired()

@@ -33,10 +33,11 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm_toptheta.backend.dial import rest_of_batch, row_options
 from vllm_toptheta.backend.gpu_prompts import plan_prompts
 from vllm_toptheta.backend.gpu_tensors import DecodeRows, LayerShape, StepTensors
+from vllm_toptheta.backend.gpu_warmup import warm_up
 from vllm_toptheta.backend.plan import Plan
 from vllm_toptheta.backend.prompts import PromptRows
 from vllm_toptheta.backend.registration import NAME
-from vllm_toptheta.backend.sidecar import pad_page, v_means_view
+from vllm_toptheta.backend.sidecar import check_room, pad_page, v_means_view
 from vllm_toptheta.backend.step import GPUStepCounts
 from vllm_toptheta.config import TopThetaConfig
 from vllm_toptheta.kernels.triton_checks import MAX_HEAD_DIM, MIN_HEAD_DIM, check_supported
@@ -177,26 +178,25 @@ class TopThetaGPUMetadataBuilder(TritonAttentionMetadataBuilder):
         # Thresholds are looked up in build(), which a graph of draft steps would skip.
         self.supports_draft_decode_metadata_update = False
         self.plan = Plan.from_vllm_config(vllm_config)
+        if self.plan.config.compensation:
+            check_room(kv_cache_spec, self.plan.config.group_size)
         attention = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
-        impls = [attention[name].impl for name in layer_names]
-        shapes = {(impl.num_heads, impl.num_kv_heads, impl.head_dim) for impl in impls}
-        if len(shapes) != 1:
-            raise ValueError(
-                f"toptheta needs layers of one shape in a KV cache group, got {sorted(shapes)}"
-            )
-        shape = LayerShape(*shapes.pop())
+        layers = [attention[name] for name in layer_names]
+        self._check_layers(layers)
+        impls = [layer.impl for layer in layers]
+        shape = LayerShape.of(impls, self.plan, vllm_config.parallel_config.tensor_parallel_size)
         check_supported(shape.head_dim, shape.num_heads, shape.num_kv_heads, self.block_size)
         indices = [self.plan.layer_index(name) for name in layer_names]
         for slot, impl in enumerate(impls):
             impl.bind(slot)
         name, num_units, shared_limit = _device_limits(device)
-        sizes = vllm_config.compilation_config.cudagraph_capture_sizes or [0]
         self.tensors = StepTensors(
             self.plan,
             indices,
             [impl.window for impl in impls],
             shape,
-            max_rows=max(vllm_config.scheduler_config.max_num_seqs, *sizes),
+            # No batch has more requests, not even a captured one with its padding.
+            max_rows=vllm_config.scheduler_config.max_num_seqs,
             launch=choose_config(
                 head_dim=shape.head_dim,
                 group_size=self.plan.config.group_size,
@@ -213,6 +213,21 @@ class TopThetaGPUMetadataBuilder(TritonAttentionMetadataBuilder):
                 "they are counted as dense"
             )
         install_on_worker(vllm_config, count=self.plan.config.telemetry)
+        if device.type == "cuda":
+            warm_up(self, layers)
+
+    def _check_layers(self, layers: list[Attention]) -> None:
+        if type(self) is not TopThetaGPUMetadataBuilder:
+            # vLLM wraps builders to show some layers another batch than the step's.
+            raise ValueError(
+                f"toptheta does not run the layers of {type(self).__name__}, whose rows are not "
+                "those of the batch. Serve this model with another --attention-backend"
+            )
+        if any(layer.is_draft_layer for layer in layers):
+            raise ValueError(
+                "toptheta does not run a draft model: add "
+                '"attention_backend": "TRITON_ATTN" to --speculative-config'
+            )
 
     def build(
         self,
@@ -221,6 +236,11 @@ class TopThetaGPUMetadataBuilder(TritonAttentionMetadataBuilder):
         fast_build: bool = False,
     ) -> TopThetaGPUMetadata:
         cam = common_attn_metadata
+        if cam.causal is not True:
+            raise ValueError(
+                "toptheta attends to earlier tokens only, this model to later ones as well. "
+                "Serve it with another --attention-backend"
+            )
         num_rows = _count_single_token_rows(cam.query_start_loc_cpu.diff())
         options = row_options(cam)
         decode = None
@@ -233,6 +253,8 @@ class TopThetaGPUMetadataBuilder(TritonAttentionMetadataBuilder):
         if num_rows < cam.num_reqs:
             rest, rest_options = rest_of_batch(cam, options, num_rows)
             if self.plan.config.phases == "decode":
+                # An own copy: vLLM's kernel is compiled anew for lengths that start anywhere.
+                rest = rest.replace(seq_lens=rest.seq_lens.clone())
                 prefill = super().build(common_prefix_len, rest, fast_build)
             else:
                 prompts = plan_prompts(
@@ -243,18 +265,27 @@ class TopThetaGPUMetadataBuilder(TritonAttentionMetadataBuilder):
                     rest.num_actual_tokens,
                     rest_options,
                 )
-        STEP_LOG.append(
-            GPUStepCounts(
-                tensors=self.tensors,
-                num_rows=num_rows,
-                prompts=prompts,
-                query_start_loc=cam.query_start_loc,
-                seq_lens=cam.seq_lens,
-                num_layers=self.plan.table.num_layers,
-                detail=[row for row, asked in options.items() if asked.layers],
-            )
+        metadata = TopThetaGPUMetadata(cam.num_actual_tokens, decode, prefill, prompts)
+        detail = [row for row, asked in options.items() if asked.layers]
+        STEP_LOG.append(self.counts(cam, metadata, detail))
+        return metadata
+
+    def counts(
+        self,
+        cam: CommonAttentionMetadata,
+        metadata: TopThetaGPUMetadata,
+        detail: list[int],
+    ) -> GPUStepCounts:
+        """What the counters need of a step that was built; `detail` as there."""
+        return GPUStepCounts(
+            tensors=self.tensors,
+            num_rows=0 if metadata.decode is None else metadata.decode.num_rows,
+            prompts=metadata.prompts,
+            query_start_loc=cam.query_start_loc,
+            seq_lens=cam.seq_lens,
+            num_layers=self.plan.table.num_layers,
+            detail=detail,
         )
-        return TopThetaGPUMetadata(cam.num_actual_tokens, decode, prefill, prompts)
 
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
@@ -331,8 +362,6 @@ class TopThetaGPUImpl(TritonAttentionImpl):
         # vLLM would hand over a query in fp8; scores are compared with thresholds, so they keep its
         # full precision.
         self.supports_quant_query_input = False
-        self.float_sinks: torch.Tensor | None = None
-        self._means_of: int | None = None
         config = TopThetaConfig.from_additional_config(get_current_vllm_config().additional_config)
         self.group_size, self.compensation = config.group_size, config.compensation
         self.prefill_config = choose_prefill_config(
@@ -353,22 +382,13 @@ class TopThetaGPUImpl(TritonAttentionImpl):
         # The fused writer would leave the V means behind.
         return False
 
-    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        super().process_weights_after_loading(act_dtype)
-        if self.sinks is not None:
-            self.float_sinks = self.sinks.float()
-
     def _means(self, kv_cache: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
         """[num_blocks, num_kv_heads, groups, head_dim] view of the page's side data; None without
         compensation.
         """
-        # Layers that never prune keep means too: others may share their cache.
-        if not self.compensation:
-            return None
-        if self._means_of != kv_cache.data_ptr():
-            self._v_means = v_means_view(kv_cache, self.group_size, dtype)
-            self._means_of = kv_cache.data_ptr()
-        return self._v_means
+        # Layers that never prune keep means too: others may share their cache. Made anew each time:
+        # a view that is kept would keep the temporary cache of vLLM's memory profiling allocated.
+        return v_means_view(kv_cache, self.group_size, dtype) if self.compensation else None
 
     def _split(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V, each [num_blocks, num_kv_heads, block_size, head_dim]."""
@@ -406,9 +426,9 @@ class TopThetaGPUImpl(TritonAttentionImpl):
             return output.fill_(0)
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("toptheta does not fuse output quantisation")
-        if self.sinks is not None and self.float_sinks is None:
-            self.float_sinks = self.sinks.float()
         key_cache, value_cache = self._split(kv_cache)
+        # Converted anew each time, also where a graph replays: weights may be loaded again.
+        sinks = None if self.sinks is None else self.sinks.float()
         num_rows = 0
         if (rows := attn_metadata.decode) is not None:
             num_rows = rows.num_rows
@@ -430,7 +450,7 @@ class TopThetaGPUImpl(TritonAttentionImpl):
                 config=rows.config,
                 window=self.window,
                 soft_cap=self.soft_cap,
-                sinks=self.float_sinks,
+                sinks=sinks,
                 k_scale=layer._k_scale if self.is_fp8 else None,
                 v_scale=layer._v_scale if self.is_fp8 else None,
             )
@@ -453,7 +473,7 @@ class TopThetaGPUImpl(TritonAttentionImpl):
                 config=self.prefill_config,
                 window=self.window,
                 soft_cap=self.soft_cap,
-                sinks=self.float_sinks,
+                sinks=sinks,
                 k_scale=layer._k_scale if self.is_fp8 else None,
                 v_scale=layer._v_scale if self.is_fp8 else None,
             )

@@ -8,6 +8,7 @@ tensors, and everything else depends on the batch size alone.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,33 @@ class LayerShape:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+
+    @classmethod
+    def of(cls, impls: list[Any], plan: Plan, num_ranks: int) -> "LayerShape":
+        """The one shape of some layers.
+
+        Args:
+            impls: their implementations.
+            plan: options and thresholds.
+            num_ranks: tensor-parallel ranks.
+
+        Raises:
+            ValueError: their shapes differ, or the ranks' heads are not those of the table.
+        """
+        shapes = {(impl.num_heads, impl.num_kv_heads, impl.head_dim) for impl in impls}
+        if len(shapes) != 1:
+            raise ValueError(
+                f"toptheta needs layers of one shape in a KV cache group, got {sorted(shapes)}; "
+                "serve this model with another --attention-backend"
+            )
+        shape = cls(*shapes.pop())
+        if shape.num_heads * num_ranks != plan.table.num_heads:
+            raise ValueError(
+                f"toptheta: layers have {shape.num_heads} query heads on each of {num_ranks} "
+                f"ranks, the threshold table has {plan.table.num_heads} in all; "
+                "serve this model with another --attention-backend"
+            )
+        return shape
 
 
 @dataclass

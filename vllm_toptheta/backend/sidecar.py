@@ -72,11 +72,36 @@ def pad_page(spec: Any, group_size: int) -> Any:
             f"{spec.block_size} tokens; choose a "
             "smaller group_size or a larger --block-size"
         )
-    means = spec.num_kv_heads * (spec.block_size // group_size) * spec.head_size * MEAN_BYTES
-    size = -(-(spec.unpadded_page_size_bytes + means) // _ALIGNMENT) * _ALIGNMENT + _ALIGNMENT
+    used = _used_bytes(spec, group_size)
+    size = -(-used // _ALIGNMENT) * _ALIGNMENT + _ALIGNMENT
     if spec.page_size_padded is not None and spec.page_size_padded >= size:
         return spec
     return replace(spec, page_size_padded=size)
+
+
+def _used_bytes(spec: Any, group_size: int) -> int:
+    """Bytes of a page that K, V and their means take."""
+    means = spec.num_kv_heads * (spec.block_size // group_size) * spec.head_size * MEAN_BYTES
+    return int(spec.unpadded_page_size_bytes) + means
+
+
+def check_room(spec: Any, group_size: int) -> None:
+    """Raise ValueError unless pages still have the room that `pad_page` made.
+
+    vLLM changes the block of a layer to bring layers of different kinds together, and where pages
+    of several layers lie between a page and the layer's next one, the cache itself does not tell.
+
+    Args:
+        spec: vLLM's `AttentionSpec` as the cache is allocated.
+        group_size: tokens per compensation group.
+    """
+    used = _used_bytes(spec, group_size)
+    if spec.page_size_bytes < used:
+        raise ValueError(
+            f"toptheta: pages of {spec.block_size} tokens have {spec.page_size_bytes} bytes, with "
+            f"V means per {group_size} tokens they need {used}. Keep toptheta for one kind of "
+            """layer: --attention-config '{"backend_per_kind": {"full_attention": "toptheta"}}'"""
+        )
 
 
 def v_means_view(kv_cache: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:

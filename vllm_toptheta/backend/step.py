@@ -44,6 +44,15 @@ class GPUStepCounts:
 
     def totals(self) -> Tensor:
         """Counts as `StepLog.append` wants them, on the device."""
+        totals = self.of_this_rank()
+        group = get_tp_group()
+        if group.world_size > 1:
+            # Every rank comes by here in the same step, after the last layer.
+            torch.distributed.all_reduce(totals, group=group.device_group)
+        return totals
+
+    def of_this_rank(self) -> Tensor:
+        """`totals` of the heads of this tensor-parallel rank."""
         shape = (self.num_reqs, self.num_layers, len(FIELDS))
         counts = torch.zeros(shape, dtype=torch.int64, device=self.seq_lens.device)
         phases, prompts = self.tensors.plan.config.phases, None
@@ -61,9 +70,5 @@ class GPUStepCounts:
             prunes_generated=phases != "prefill",
             out=counts,
         )
-        totals = torch.cat([counts.sum(1), counts.sum(0), *(counts[row] for row in self.detail)])
-        group = get_tp_group()
-        if group.world_size > 1:
-            # Every rank comes by here in the same step, after the last layer.
-            torch.distributed.all_reduce(totals, group=group.device_group)
-        return totals.flatten()
+        parts = [counts.sum(1), counts.sum(0), *(counts[row] for row in self.detail)]
+        return torch.cat(parts).flatten()

@@ -1,0 +1,102 @@
+"""The GPU backend on the CPU: what a step counts."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="needs an installed vLLM")
+pytest.importorskip("triton")
+
+import torch  # noqa: E402
+from gpu_engine import (  # noqa: E402
+    HEAD_DIM,
+    HEADS,
+    KV_HEADS,
+    Batch,
+    make_builder,
+    named_totals,
+    recorded_build,
+    run_layer,
+    stub_stock_kernels,
+)
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from triton_interpreter import needs_interpreter  # noqa: E402
+
+from vllm_toptheta.backend import step  # noqa: E402
+from vllm_toptheta.kernels.triton_counts import COLUMNS  # noqa: E402
+from vllm_toptheta.telemetry.counters import FIELDS  # noqa: E402
+
+pytestmark = needs_interpreter
+
+
+def test_totals_count_every_row_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    stub_stock_kernels(monkeypatch)
+    builder, impls = make_builder(monkeypatch)
+    batch = Batch([70, 33, 15, 50, 40], [1, 1, 1, 1, 5], [False, False, False, True, True])
+    metadata, counts = recorded_build(builder, batch.common())
+    query = torch.cat([batch.case.query[:4], torch.randn(5, HEADS, HEAD_DIM).bfloat16()])
+    kept, rows = torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
+    for layer, impl in enumerate(impls):
+        run_layer(impl, batch, metadata, query)
+        _, num_kept, v_rows_read, _ = batch.expected(layer, dense=(3,)).expected()
+        kept += num_kept[:4].sum(1)
+        rows += v_rows_read[:4].sum(1)
+    totals = named_totals(counts)
+    for seq, visible in enumerate([70 + 40 + 70, 33 * 3, 15 * 3]):
+        assert totals[seq]["rows"] == 3 * HEADS
+        assert totals[seq]["keys_scored"] == visible * HEADS
+        assert totals[seq]["v_rows_scored"] == visible * KV_HEADS
+        assert totals[seq]["keys_kept"] == kept[seq]
+        assert totals[seq]["v_rows_read"] == rows[seq]
+        assert totals[seq]["dense_layer"] == HEADS
+        assert totals[seq]["dense_short"] == (2 * HEADS if seq == 2 else 0)
+        assert totals[seq]["dense_prefill"] == 0
+    assert totals[3] == dict.fromkeys(FIELDS, 0) | {"dense_prefill": 3 * HEADS}
+    assert totals[4] == dict.fromkeys(FIELDS, 0) | {"dense_prefill": 5 * 3 * HEADS}
+    for name in FIELDS:
+        by_request, by_layer = totals[:5], totals[5:]
+        assert sum(row[name] for row in by_request) == sum(row[name] for row in by_layer)
+
+
+def test_totals_are_summed_over_ranks_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    stub_stock_kernels(monkeypatch)
+    builder, _ = make_builder(monkeypatch)
+    _, counts = recorded_build(builder, Batch([70, 40], [1, 5]).common())
+    alone = counts.totals()
+    group = SimpleNamespace(world_size=2, device_group="devices")
+    monkeypatch.setattr(step, "get_tp_group", lambda: group)
+
+    def all_reduce(tensor: torch.Tensor, group: str) -> None:
+        assert group == "devices"
+        tensor.mul_(2)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    assert torch.equal(counts.totals(), 2 * alone)
+    assert alone.any()
+
+
+def test_totals_are_few_launches_and_never_wait_for_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stub_stock_kernels(monkeypatch)
+    builder, _ = make_builder(monkeypatch)
+    _, counts = recorded_build(builder, Batch([70, 40], [1, 5]).common())
+    counted = []
+    monkeypatch.setattr(step, "count_step", lambda *args, **kwargs: counted.append(args))
+    ran = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            ran.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        counts.totals()
+    views = {"view", "_unsafe_view", "select", "slice"}
+    assert [name for name in ran if name not in views] == ["zeros", "sum", "sum", "cat"]
+    assert len(counted) == 1
+
+
+def test_columns_are_written_in_the_order_they_travel_in() -> None:
+    assert COLUMNS == FIELDS

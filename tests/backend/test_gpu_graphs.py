@@ -1,0 +1,143 @@
+"""The GPU backend on the CPU: what captured graphs rely on."""
+
+import pytest
+
+pytest.importorskip("vllm", reason="needs an installed vLLM")
+pytest.importorskip("triton")
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from gpu_engine import (  # noqa: E402
+    HEADS,
+    LAYER,
+    NAMES,
+    Batch,
+    Launches,
+    configure,
+    make_builder,
+    make_groups,
+    make_layer,
+    named_totals,
+    run_layer,
+    stub_stock_kernels,
+)
+from triton_interpreter import needs_interpreter  # noqa: E402
+from vllm.v1.worker.gpu.attn_utils import build_attn_metadata  # noqa: E402
+
+from vllm_toptheta.backend import step  # noqa: E402
+from vllm_toptheta.kernels.triton_theta import DENSE_ROW, DENSE_SHORT  # noqa: E402
+from vllm_toptheta.telemetry.counters import FIELDS  # noqa: E402
+
+pytestmark = needs_interpreter
+
+
+def test_a_replayed_graph_sees_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between capture and replay only the contents of tensors may change, never an argument of a
+    launch.
+    """
+    from vllm_toptheta.kernels import triton_decode
+
+    builder, impls = make_builder(monkeypatch)
+    capture = Batch([70, 33, 1, 1], [1, 1, 1, 1])
+    common = capture.common()
+    records = []
+    for lens, prefilling in ([None, None], [[5, 64, 0, 0], [True, False, False, False]]):
+        split, merge = Launches(), Launches()
+        monkeypatch.setattr(triton_decode, "_split_kernel", split)
+        monkeypatch.setattr(triton_decode, "_merge_kernel", merge)
+        if lens is None:
+            metadata = builder.build_for_cudagraph_capture(common)
+            assert common.seq_lens.tolist() == [1] * 4
+            theta_at_capture = builder.tensors.theta.clone()
+        else:
+            common.seq_lens.copy_(torch.tensor(lens))
+            common.is_prefilling = torch.tensor(prefilling)
+            metadata = builder.build(0, common)
+        query, output = (
+            capture.case.query,
+            records[0][2] if records else torch.empty_like(capture.case.query),
+        )
+        impls[0].forward(LAYER, query, None, None, capture.kv_cache, metadata, output)
+        records.append((split.calls, merge.calls, output))
+    assert records[0][0] == records[1][0]
+    assert records[0][1] == records[1][1]
+    assert builder.tensors.dense[0, :4].tolist() == [4, 0, 1, 1]
+    assert theta_at_capture.shape == builder.tensors.theta.shape
+
+
+def test_padding_of_a_captured_batch_yields_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = stub_stock_kernels(monkeypatch)
+    builder, impls = make_builder(monkeypatch)
+    batch = Batch([70, 33, 0, 0], [1, 1, 0, 0])
+    common = batch.common()
+    common.num_actual_tokens = 4
+    metadata = builder.build(0, common)
+    output = run_layer(impls[0], batch, metadata, batch.case.query)
+    assert (output[2:] == 0).all()
+    assert not stock
+    counts = step.GPUStepCounts(
+        tensors=builder.tensors,
+        num_rows=4,
+        prompts=None,
+        query_start_loc=common.query_start_loc,
+        seq_lens=common.seq_lens,
+        num_layers=3,
+        detail=[],
+    )
+    assert named_totals(counts)[2:4] == [dict.fromkeys(FIELDS, 0)] * 2
+
+
+@pytest.mark.parametrize("phases", ["decode", "both"])
+def test_graphs_of_longer_queries_are_refused(monkeypatch: pytest.MonkeyPatch, phases: str) -> None:
+    builder, _ = make_builder(monkeypatch, phases=phases)
+    with pytest.raises(RuntimeError, match="FULL_DECODE_ONLY"):
+        builder.build_for_cudagraph_capture(Batch([70, 33], [1, 3]).common())
+
+
+def test_a_padded_batch_of_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the V2 runner hands over for a captured graph: lengths and slots of real requests only,
+    and padding without tokens.
+    """
+    stub_stock_kernels(monkeypatch)
+    config = configure()
+    layers = [make_layer(config, name) for name in NAMES]
+    groups, cache = make_groups(monkeypatch, config)
+    batch = Batch([70, 33, 15, 0], [1, 1, 1, 0])
+    common = batch.common()
+    metadata = build_attn_metadata(
+        attn_groups=[groups],
+        num_reqs=4,
+        num_tokens=4,
+        query_start_loc_gpu=common.query_start_loc,
+        query_start_loc_cpu=common.query_start_loc_cpu,
+        max_query_len=1,
+        seq_lens=torch.cat([common.seq_lens, torch.full((2,), 99, dtype=torch.int32)]),
+        max_seq_len=70,
+        block_tables=[common.block_table_tensor],
+        slot_mappings=torch.full((1, 4), -1),
+        kv_cache_config=cache,
+        is_prefilling=torch.tensor([False, True, False]),
+        req_idx=np.array([2, 0, 1]),
+    )
+    rows = metadata[NAMES[0]].decode
+    assert rows.num_rows == 4
+    assert rows.dense.tolist()[0] == [0, DENSE_ROW, DENSE_SHORT, DENSE_SHORT]
+    output = run_layer(layers[0].impl, batch, metadata[NAMES[0]], batch.case.query)
+    assert rows.num_kept[0, 1].tolist() == [33] * HEADS
+    assert (output[3] == 0).all()
+
+
+def test_weights_that_are_loaded_again_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sinks are the only weights that the layer uses; a copy in another dtype would go stale."""
+    stub_stock_kernels(monkeypatch)
+    config = configure()
+    sinks = torch.zeros(HEADS, dtype=torch.bfloat16)
+    layers = [make_layer(config, name, sinks=sinks) for name in NAMES]
+    (group,), _ = make_groups(monkeypatch, config)
+    batch = Batch([70, 33], [1, 1])
+    metadata = group.get_metadata_builder().build(0, batch.common())
+    layers[0].process_weights_after_loading(torch.bfloat16)
+    before = run_layer(layers[0].impl, batch, metadata, batch.case.query)
+    sinks.fill_(20)
+    after = run_layer(layers[0].impl, batch, metadata, batch.case.query)
+    assert after.abs().max() < 0.1 * before.abs().max()

@@ -1,0 +1,92 @@
+"""The GPU backend's warm-up: it launches what serving launches."""
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="needs an installed vLLM")
+pytest.importorskip("triton")
+
+import torch  # noqa: E402
+from gpu_engine import (  # noqa: E402
+    HEAD_DIM,
+    HEADS,
+    NAMES,
+    Batch,
+    Launches,
+    configure,
+    make_groups,
+    make_layer,
+    recorded_build,
+    run_layer,
+    stub_stock_kernels,
+)
+from triton_interpreter import needs_interpreter  # noqa: E402
+
+from vllm_toptheta.backend import gpu  # noqa: E402
+from vllm_toptheta.backend.gpu_warmup import warm_up  # noqa: E402
+from vllm_toptheta.kernels import (  # noqa: E402
+    triton_counts,
+    triton_decode,
+    triton_means,
+    triton_prefill,
+    triton_theta,
+)
+
+pytestmark = needs_interpreter
+
+KERNELS = {
+    "_split_kernel": triton_decode,
+    "_merge_kernel": triton_decode,
+    "_update_v_means_kernel": triton_means,
+    "_lookup_theta_kernel": triton_theta,
+    "_count_kernel": triton_counts,
+    "_prefill_kernel": triton_prefill,
+}
+
+
+def constants(monkeypatch: pytest.MonkeyPatch, run: Any) -> dict[str, set[Any]]:
+    """The constants, and the arguments that are left out, of every kernel that `run` launches."""
+    launches = {name: Launches() for name in KERNELS}
+    with monkeypatch.context() as patch:
+        for name, module in KERNELS.items():
+            patch.setattr(module, name, launches[name])
+        run()
+    return {
+        name: {
+            (*sorted(kwargs.items()), *(place for place, arg in enumerate(args) if arg is None))
+            for _, args, kwargs in launch.calls
+        }
+        for name, launch in launches.items()
+        if launch.calls
+    }
+
+
+@pytest.mark.parametrize("phases", ["decode", "both"])
+def test_every_kernel_of_a_step_is_compiled_before(
+    monkeypatch: pytest.MonkeyPatch, phases: str
+) -> None:
+    stub_stock_kernels(monkeypatch)
+    config = configure(phases=phases)
+    layers = [
+        make_layer(config, NAMES[0]),
+        make_layer(config, NAMES[1], sinks=torch.zeros(HEADS)),
+        make_layer(config, NAMES[2], logits_soft_cap=30.0),
+    ]
+    (group,), _ = make_groups(monkeypatch, config)
+    builder = group.get_metadata_builder()
+    compiled = constants(monkeypatch, lambda: warm_up(builder, layers))
+    assert not gpu.STEP_LOG.end()
+
+    def serve() -> None:
+        for queries in ([1, 1, 1], [1, 1, 40], [40, 30]):
+            batch = Batch([70] * len(queries), queries)
+            metadata, counts = recorded_build(builder, batch.common())
+            query = torch.zeros(sum(queries), HEADS, HEAD_DIM, dtype=torch.bfloat16)
+            for layer in layers:
+                run_layer(layer.impl, batch, metadata, query)
+            counts.totals()
+
+    served = constants(monkeypatch, serve)
+    assert set(served) == set(KERNELS) - (set() if phases == "both" else {"_prefill_kernel"})
+    assert compiled == served
