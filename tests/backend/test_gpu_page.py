@@ -15,6 +15,7 @@ from gpu_engine import (  # noqa: E402
     HEADS,
     KV_HEADS,
     NAMES,
+    WINDOWS,
     Batch,
     configure,
     make_groups,
@@ -151,6 +152,42 @@ def test_layers_of_other_backends_keep_their_pages() -> None:
     unified = unify_kv_cache_spec_page_size({"ours": ours, "other": other})
     assert unified["ours"].page_size_bytes == unified["other"].page_size_bytes
     assert unified["ours"].block_size == unified["other"].block_size == 16
+
+
+@pytest.mark.parametrize("layout", TopThetaGPUBackend.supported_kv_cache_layouts(), ids=str)
+@pytest.mark.parametrize("hybrid_manager", [True, False])
+@pytest.mark.parametrize("unquantised", [None, "0", "sliding_window"])
+def test_layers_of_one_engine_do_not_overlap(
+    monkeypatch: pytest.MonkeyPatch,
+    layout: KVCacheLayout,
+    hybrid_manager: bool,
+    unquantised: str | None,
+) -> None:
+    """Full and windowed layers, and quantised ones beside others, as vLLM groups and allocates."""
+    config = configure()
+    config.scheduler_config.disable_hybrid_kv_cache_manager = not hybrid_manager
+    options = config.cache_config
+    options.kv_cache_layout = layout.name
+    if unquantised is not None:
+        options.cache_dtype, options.block_size = "fp8", 2 * BLOCK
+        options.kv_cache_dtype_skip_layers = [unquantised]
+    for name, window in zip(NAMES, WINDOWS, strict=True):
+        make_layer(config, name, window)
+    _, cache = make_groups(monkeypatch, config)
+    sizes = [group.kv_cache_spec.block_size for group in cache.kv_cache_groups]
+    layers = config.compilation_config.static_forward_context
+    init_kv_cache(layers, cache, torch.device("cpu"), sizes, config)
+    # Groups lie over each other: a block belongs to one of them.
+    for group in cache.kv_cache_groups:
+        parts = []
+        for layer in (layers[name] for name in group.layer_names):
+            kv = layer.kv_cache
+            means = v_means_view(kv, 16, torch.bfloat16)
+            parts += [kv if kv.dtype == torch.bfloat16 else kv.view(torch.uint8), means]
+        for number, part in enumerate(parts, 1):
+            part.fill_(number)
+        for number, part in enumerate(parts, 1):
+            assert (part == number).all()
 
 
 def test_a_promoted_window_layer_without_room_is_refused() -> None:
