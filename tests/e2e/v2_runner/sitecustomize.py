@@ -2,8 +2,11 @@
 path: its Triton kernels then run in Triton's interpreter (`TRITON_INTERPRET=1`).
 
 vLLM asks for exactly one Triton back-end with an active driver; the one it finds here compiles
-nothing.
+nothing. With `TOPTHETA_TEST_GPU_BACKEND` set, its CPU platform gets the GPU backend, whose kernels
+and those of TRITON_ATTN are interpreted, too (`gpu_on_cpu.py`).
 """
+
+import os
 
 import triton.backends
 
@@ -25,3 +28,8 @@ class Backend:
 
 triton.backends.backends.clear()
 triton.backends.backends["cpu"] = Backend
+
+if os.environ.get("TOPTHETA_TEST_GPU_BACKEND"):
+    from vllm_toptheta.backend import registration
+
+    registration.CPU_BACKEND_PATH = "gpu_on_cpu.Backend"

@@ -1,0 +1,96 @@
+"""The GPU backend in the real engine, with vLLM's V2 runner and its Triton kernels, all interpreted
+on the CPU: it says and counts what the CPU backend does.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="needs an installed vLLM")
+pytest.importorskip("triton")
+
+import torch  # noqa: E402
+from e2e.conftest import generate, toptheta  # noqa: E402
+from tables import save_flat_table  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+pytestmark = pytest.mark.e2e
+
+RUNNER = Path(__file__).parent.parent / "e2e" / "v2_runner"
+GPU = {
+    "VLLM_USE_V2_MODEL_RUNNER": "1",
+    "TRITON_INTERPRET": "1",
+    "TOPTHETA_TEST_GPU_BACKEND": "1",
+    "PYTHONPATH": os.pathsep.join([str(RUNNER), *filter(None, [os.environ.get("PYTHONPATH")])]),
+}
+CPU = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+TOKENS, LAYERS, HEADS = 5, 2, 4
+LENGTHS = (70, 45, 33, 70)
+"""The last prompt is the first one again, most of which the prefix cache holds by then."""
+ROUNDING = 1e-3
+"""A score that lies at its threshold may fall on either side."""
+
+Answers = list[list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Answers, Answers]:
+    """What a tiny model says with the CPU backend and with the GPU backend: with dense prompts, and
+    with prompts that are pruned in chunks.
+    """
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=256,
+        intermediate_size=128,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=2,
+        head_dim=64,
+        # Large weights make attention peaked, so that thresholds have something to separate.
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    table = save_flat_table(folder / "model", 1.0, folder / "table.safetensors")
+    options = {"thresholds": str(table), "k": 16, "min_kv_len": 32}
+    common = {"dtype": "float16", "block_size": 32, "max_num_seqs": 3}
+    engines = [
+        {**common, **toptheta(**options)},
+        {**common, **toptheta(**options, phases="both"), "max_num_batched_tokens": 48},
+    ]
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(3, 128, (n,), generator=generator).tolist() for n in LENGTHS[:3]]
+    found = []
+    for env in (CPU, GPU):
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in env.items():
+                patch.setenv(name, value)
+            found.append(generate(folder / "model", [*prompts, prompts[0]], TOKENS, engines))
+    return found[0], found[1]
+
+
+def test_the_same_tokens_follow(answers: tuple[Answers, Answers]) -> None:
+    cpu, gpu = ([[answer["ids"] for answer in engine] for engine in found] for found in answers)
+    assert gpu == cpu
+    assert gpu[0][3] == gpu[0][0]
+
+
+def test_counts_are_the_same(answers: tuple[Answers, Answers]) -> None:
+    cpu, gpu = answers
+    for expected, found in zip(cpu[0], gpu[0], strict=True):
+        assert found["summary"] == expected["summary"]
+    shown = gpu[0][0]["summary"]["toptheta"]
+    assert shown["rows"] == (TOKENS - 1) * LAYERS * HEADS
+    assert shown["keys_kept"] < 0.6 * shown["keys_scored"]
+
+
+def test_counts_of_pruned_prompts_are_the_same(answers: tuple[Answers, Answers]) -> None:
+    for expected, found in zip(answers[0][1], answers[1][1], strict=True):
+        wanted, shown = (answer["summary"]["toptheta"]["prefill"] for answer in (expected, found))
+        assert shown.keys() == wanted.keys()
+        assert 0 < shown["keys_kept"] < 0.8 * shown["keys_scored"]
+        for name, value in wanted.items():
+            assert shown[name] == pytest.approx(value, rel=ROUNDING)
