@@ -91,6 +91,7 @@ def test_counts_of_pruned_prompts_are_the_same(answers: tuple[Answers, Answers])
     for expected, found in zip(answers[0][1], answers[1][1], strict=True):
         wanted, shown = (answer["summary"]["toptheta"]["prefill"] for answer in (expected, found))
         assert shown.keys() == wanted.keys()
-        assert 0 < shown["keys_kept"] < 0.8 * shown["keys_scored"]
         for name, value in wanted.items():
             assert shown[name] == pytest.approx(value, rel=ROUNDING)
+    longest = answers[1][1][0]["summary"]["toptheta"]["prefill"]
+    assert longest["keys_kept"] < 0.6 * longest["keys_scored"]
