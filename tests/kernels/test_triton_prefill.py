@@ -147,6 +147,22 @@ def test_chunks_do_not_matter(changes: Any) -> None:
         assert_same(joined(case, chunk), whole)
 
 
+def test_chunks_prefix_hits_and_neighbours_of_a_long_prompt_do_not_matter() -> None:
+    """Chunks as a server cuts them: the second sequence starts behind a prefix that is cached."""
+    changes = {"num_heads": 4, "num_kv_heads": 1, "lens": (530, 400), "kept": 0.05, "seed": 29}
+    case = make_prefill_case(spec(**changes), (530, 110))
+    cpu = case.run(api.available_impl().impl)
+    pages = gpu_pages(case)
+    assert_same(run(case, pages), cpu)
+    assert_same(joined(case, 256), cpu)
+    # The last 18 tokens, as after a hit of 512, beside one token of the other sequence.
+    hit = run(case, pages, upto=(530, 110), take=(18, 1))
+    rows, _ = case.chunk((530, 110), (18, 1))
+    assert torch.equal(hit.num_kept, cpu.num_kept[rows])
+    assert torch.equal(hit.v_tiles_read, cpu.v_tiles_read[rows])
+    assert cpu.num_kept.float().mean() < 30
+
+
 def one_hot(case: PrefillCase) -> None:
     """V rows that are one-hot in the position, so that the output shows the kept set."""
     length = case.spec.lens[0]

@@ -2,25 +2,24 @@
 binaries need as JSON.
 
 Runs as a program, because compiling and interpreting exclude each other within one process. What is
-compiled is what the launchers launch: their calls are recorded instead of executed.
+compiled is what the launchers launch, specialised by Triton's own rules.
 """
 
-import contextlib
+import functools
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import mangle_type
+from triton_launches import TARGETS, Recorder, Variant, recorded, variants
 
 from vllm_toptheta.kernels import (
     triton_counts,
@@ -31,13 +30,6 @@ from vllm_toptheta.kernels import (
 )
 from vllm_toptheta.kernels.triton_config import choose_config, choose_prefill_config
 
-TARGETS = {
-    "cuda:80": GPUTarget("cuda", 80, 32),
-    "cuda:90": GPUTarget("cuda", 90, 32),
-    "cuda:100": GPUTarget("cuda", 100, 32),
-    "hip:gfx942": GPUTarget("hip", "gfx942", 64),
-}
-
 SHARED_LIMITS = {
     "cuda:80": 163 << 10,
     "cuda:90": 227 << 10,
@@ -47,7 +39,7 @@ SHARED_LIMITS = {
 """Bytes of shared memory a program may have."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Shape:
     """One specialisation of the attention kernels."""
 
@@ -57,110 +49,68 @@ class Shape:
     group_size: int = 16
     dtype: torch.dtype = torch.bfloat16
     cache_dtype: torch.dtype | None = None
+    window: int | None = None
     soft_cap: float | None = None
     sinks: bool = False
     compensation: bool = True
-    num_splits: int = 16
 
     @property
     def name(self) -> str:
         cache = str(self.cache_dtype or self.dtype).removeprefix("torch.")
-        extra = ("+cap" if self.soft_cap else "") + ("+sinks" if self.sinks else "")
-        extra += "" if self.compensation else "-means"
+        extra = ("+window" if self.window else "") + ("+cap" if self.soft_cap else "")
+        extra += ("+sinks" if self.sinks else "") + ("" if self.compensation else "-means")
         query = str(self.dtype).removeprefix("torch.")
         sizes = f"d{self.head_dim} h{self.heads} b{self.block_size} g{self.group_size}"
         return f"{sizes} {query}/{cache}{extra}"
 
 
 E4M3, E5M2, E4M3_AMD = torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz
+FP16 = torch.float16
 
 SHAPES = [
     Shape(),
     Shape(heads=8, block_size=128, group_size=128),
     Shape(block_size=64, group_size=64),
-    Shape(head_dim=64, heads=8, sinks=True),
-    Shape(head_dim=80, heads=1, dtype=torch.float16),
+    Shape(head_dim=64, heads=8, sinks=True, window=128),
+    Shape(head_dim=80, heads=1, dtype=FP16),
     Shape(head_dim=96, heads=3, block_size=32, group_size=32),
     Shape(head_dim=112, heads=16),
-    Shape(head_dim=256, heads=2, soft_cap=50.0),
-    Shape(head_dim=256, heads=8, block_size=128, group_size=128, dtype=torch.float16),
+    Shape(head_dim=256, heads=2, soft_cap=50.0, window=4096),
+    Shape(head_dim=256, heads=8, block_size=128, group_size=128, dtype=FP16),
     Shape(cache_dtype=E4M3),
     Shape(head_dim=256, cache_dtype=E4M3),
-    Shape(head_dim=64, cache_dtype=E5M2, dtype=torch.float16),
-    Shape(compensation=False, num_splits=64),
+    Shape(head_dim=64, cache_dtype=E5M2, dtype=FP16),
+    Shape(compensation=False),
 ]
+NUM_KV_HEADS = 8
 
 
-@dataclass
-class Recorder:
-    """Stands in for a jit function and notes how it would have been launched."""
-
-    function: Any
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
-
-    def __getitem__(self, grid: Any) -> Any:
-        return lambda *args, **kwargs: self.calls.append((args, kwargs))
-
-
-def source(
-    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[ASTSource, dict[str, Any]]:
-    """What Triton would compile for these arguments, and the compiler options among them."""
-    options = {name: kwargs[name] for name in ("num_warps", "num_stages") if name in kwargs}
-    values = dict(zip(function.arg_names, args, strict=False))
-    values |= {name: value for name, value in kwargs.items() if name in function.arg_names}
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    for index, (name, parameter) in enumerate(
-        zip(function.arg_names, function.params, strict=True)
-    ):
-        value = values[name]
-        is_int = isinstance(value, int) and not isinstance(value, bool)
-        if parameter.is_constexpr or value is None or (is_int and value == 1):
-            signature[name] = "constexpr"
-            constants[(index,)] = value
-            continue
-        signature[name] = mangle_type(value)
-        if isinstance(value, torch.Tensor) or (is_int and value % 16 == 0):
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    return ASTSource(function, signature, constants, attributes), options
+def pages(shape: Shape, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """K, V and means as a server holds them, [blocks, kv heads, ...]; never touched, but too large
+    for offsets of 32 bits, which the AMD backend would make use of.
+    """
+    heads, size, dim = NUM_KV_HEADS, shape.block_size, shape.head_dim
+    groups, item = size // shape.group_size, dtype.itemsize
+    kv_bytes = heads * size * 2 * dim * item
+    page = (kv_bytes + heads * groups * dim * 2) // 128 * 128 + 256
+    blocks = 2**31 // page + 1
+    flat = torch.empty(blocks * page, dtype=torch.uint8)
+    kv = flat.view(dtype).as_strided(
+        (blocks, heads, size, 2 * dim), (page // item, 2 * dim, heads * 2 * dim, 1)
+    )
+    means = flat.view(shape.dtype).as_strided(
+        (blocks, heads, groups, dim), (page // 2, groups * dim, dim, 1), kv_bytes // 2
+    )
+    return *kv.split(dim, dim=-1), means
 
 
-@contextlib.contextmanager
-def recorded(module: Any, *names: str) -> Iterator[list[Recorder]]:
-    """Record the launches of some jit functions of a module."""
-    functions = [getattr(module, name) for name in names]
-    recorders = [Recorder(function) for function in functions]
-    for name, recorder in zip(names, recorders, strict=True):
-        setattr(module, name, recorder)
-    try:
-        yield recorders
-    finally:
-        for name, function in zip(names, functions, strict=True):
-            setattr(module, name, function)
-
-
-Call = tuple[str, ASTSource, dict[str, Any]]
-
-
-def sources(recorders: list[Recorder]) -> Iterator[Call]:
-    """What Triton would compile for recorded launches."""
-    for recorder in recorders:
-        for args, kwargs in recorder.calls:
-            yield recorder.function.__name__, *source(recorder.function, args, kwargs)
-
-
-def attention_calls(shape: Shape, amd: bool) -> Iterator[Call]:
+def attention_launches(shape: Shape, amd: bool) -> list[Recorder]:
     """The launches of one layer: a decode step, a prefill step, and the update of the means."""
     cache_dtype = shape.cache_dtype or shape.dtype
     if amd and cache_dtype == E4M3:
         cache_dtype = E4M3_AMD
-    num_kv_heads, num_heads = 8, 8 * shape.heads
-    kv = torch.empty(2, shape.block_size, num_kv_heads, 2 * shape.head_dim, dtype=cache_dtype)
-    key, value = kv.transpose(1, 2).split(shape.head_dim, dim=-1)
-    groups = shape.block_size // shape.group_size
-    means = torch.empty(2, num_kv_heads, groups, shape.head_dim, dtype=shape.dtype)
+    num_heads = NUM_KV_HEADS * shape.heads
+    key, value, means = pages(shape, cache_dtype)
     query = torch.empty(2, num_heads, shape.head_dim, dtype=shape.dtype)
     scale = torch.ones(1) if shape.cache_dtype else None
     common: dict[str, Any] = {
@@ -168,17 +118,23 @@ def attention_calls(shape: Shape, amd: bool) -> Iterator[Call]:
         "dense": torch.empty(2, dtype=torch.int8),
         "out": torch.empty_like(query),
         "num_kept": torch.empty(2, num_heads, dtype=torch.int32),
+        "window": shape.window,
         "soft_cap": shape.soft_cap,
         "sinks": torch.empty(num_heads) if shape.sinks else None,
         "k_scale": scale,
         "v_scale": scale,
     }
-    read = torch.empty(2, num_kv_heads, dtype=torch.int32)
+    read = torch.empty(2, NUM_KV_HEADS, dtype=torch.int32)
     cache = (query, key, value, means if shape.compensation else None)
     block_table, theta = torch.empty(2, 32, dtype=torch.int32), torch.empty(2, num_heads)
     seq_lens = torch.empty(2, dtype=torch.int32)
     sizes = {"head_dim": shape.head_dim, "group_size": shape.group_size}
-    with recorded(triton_decode, "_split_kernel", "_merge_kernel") as recorders:
+    with recorded(
+        (triton_decode, "_split_kernel"),
+        (triton_decode, "_merge_kernel"),
+        (triton_prefill, "_prefill_kernel"),
+        (triton_means, "_update_v_means_kernel"),
+    ) as recorders:
         triton_decode.decode_attention(
             *cache,
             block_table,
@@ -186,14 +142,12 @@ def attention_calls(shape: Shape, amd: bool) -> Iterator[Call]:
             theta,
             v_rows_read=read,
             scratch=triton_decode.DecodeScratch.allocate(
-                2 * shape.num_splits, num_heads, num_kv_heads, shape.head_dim, "cpu"
+                8, num_heads, NUM_KV_HEADS, shape.head_dim, "cpu"
             ),
-            num_splits=shape.num_splits,
+            num_splits=4,
             config=choose_config(**sizes, cache_bytes=cache_dtype.itemsize),
             **common,
         )
-    yield from sources(recorders)
-    with recorded(triton_prefill, "_prefill_kernel") as recorders:
         triton_prefill.prefill_attention(
             *cache,
             block_table,
@@ -201,20 +155,25 @@ def attention_calls(shape: Shape, amd: bool) -> Iterator[Call]:
             seq_lens,
             theta,
             v_tiles_read=read,
-            config=choose_prefill_config(**sizes, warp_size=64 if amd else 32),
+            config=choose_prefill_config(
+                **sizes, cache_bytes=cache_dtype.itemsize, warp_size=64 if amd else 32
+            ),
             **common,
         )
-    yield from sources(recorders)
-    if shape.compensation:
-        with recorded(triton_means, "_update_v_means_kernel") as recorders:
+        if shape.compensation:
             triton_means.update_v_means(value, means, torch.zeros(1, dtype=torch.int64))
-        yield from sources(recorders)
+    return recorders
 
 
-def step_calls() -> Iterator[Call]:
+def step_launches() -> list[Recorder]:
     """The launches around a step's layers: 32 layers, 8 levels, 32 heads, 40 knots."""
     layers, rows = torch.zeros(32), torch.zeros(4)
-    with recorded(triton_theta, "_lookup_theta_kernel") as recorders:
+    dense = torch.zeros(32, 4, dtype=torch.int8)
+    kept = torch.zeros(32, 4, 32, dtype=torch.int32)
+    read = torch.zeros(32, 4, 8, dtype=torch.int32)
+    with recorded(
+        (triton_theta, "_lookup_theta_kernel"), (triton_counts, "_count_kernel")
+    ) as recorders:
         triton_theta.lookup_theta(
             torch.zeros(32, 8, 32, 40),
             torch.zeros(32, 8, 32),
@@ -229,13 +188,8 @@ def step_calls() -> Iterator[Call]:
             row_dense=rows,
             min_len=1024,
             out=torch.zeros(32, 4, 32),
-            dense=torch.zeros(32, 4, dtype=torch.int8),
+            dense=dense,
         )
-    yield from sources(recorders)
-    dense = torch.zeros(32, 4, dtype=torch.int8)
-    kept = torch.zeros(32, 4, 32, dtype=torch.int32)
-    read = torch.zeros(32, 4, 8, dtype=torch.int32)
-    with recorded(triton_counts, "_count_kernel") as recorders:
         triton_counts.count_step(
             torch.zeros(6, dtype=torch.int32),
             torch.zeros(7, dtype=torch.int32),
@@ -248,7 +202,7 @@ def step_calls() -> Iterator[Call]:
             prunes_generated=True,
             out=torch.zeros(6, 32, len(triton_counts.COLUMNS), dtype=torch.int64),
         )
-    yield from sources(recorders)
+    return recorders
 
 
 def resources(compiled: Any) -> dict[str, int]:
@@ -276,9 +230,27 @@ def resources(compiled: Any) -> dict[str, int]:
         return int(re.search(rf"\.{name}:\s+(\d+)", assembly).group(1))
 
     return {
+        # Of both kinds: they share one file.
         "registers": number("vgpr_count"),
-        "spills": number("vgpr_spill_count"),
+        "spills": number("private_segment_fixed_size"),
         "shared": compiled.metadata.shared,
+    }
+
+
+def memory(asm: dict[str, Any]) -> dict[str, int]:
+    """How the binary reads global memory: loads of 16 bytes, loads that a predicate can leave out,
+    and asynchronous copies of 16 bytes, 8 and fewer.
+    """
+    if "ptx" not in asm:
+        return {"wide_loads": len(re.findall(r"(?:global|buffer)_load_dwordx4", asm["amdgcn"]))}
+    ptx = asm["ptx"]
+    copies = re.findall(r"cp\.async\.c[ag]\.\S+ \[[^]]*\], \[[^]]*\], (0x\w+)", ptx)
+    return {
+        "wide_copies": copies.count("0x10"),
+        "narrow_copies": copies.count("0x8"),
+        "scalar_copies": copies.count("0x4"),
+        "wide_loads": ptx.count("ld.global.v4.b32"),
+        "predicated_loads": len(re.findall(r"@%p\d+ ld\.global", ptx)),
     }
 
 
@@ -298,32 +270,49 @@ def is_served(shape: Shape, target: str) -> bool:
     return True
 
 
+@functools.cache
+def launched(target_name: str) -> list[tuple[str, Variant]]:
+    """Names of shapes and what they launch; no two of them are one binary."""
+    target = TARGETS[target_name]
+    found: dict[tuple[str, str], tuple[str, Variant]] = {}
+    for shape in SHAPES:
+        if not is_served(shape, target_name):
+            continue
+        launches = attention_launches(shape, target.backend == "hip")
+        if shape is SHAPES[0]:
+            launches += step_launches()
+        for variant in variants(launches, target):
+            found.setdefault((variant.kernel, variant.key), (shape.name, variant))
+    return list(found.values())
+
+
+def compile_variant(place: tuple[str, int]) -> str:
+    """Compile what the target launches at this index, and describe it."""
+    target_name, index = place
+    target = TARGETS[target_name]
+    shape, variant = launched(target_name)[index]
+    compiled = triton.compile(variant.source, target=target, options=variant.options)
+    record = {
+        "target": target_name,
+        "shape": shape,
+        "kernel": variant.kernel,
+        "shared_limit": SHARED_LIMITS[target_name],
+        "threads": variant.options["num_warps"] * target.warp_size,
+        "stages": variant.options["num_stages"],
+    }
+    return json.dumps(record | memory(compiled.asm) | resources(compiled))
+
+
 def main() -> None:
     wanted = sys.argv[1:] or list(TARGETS)
-    for target_name in wanted:
-        target = TARGETS[target_name]
-        for shape in SHAPES:
-            if not is_served(shape, target_name):
-                continue
-            calls = list(attention_calls(shape, target.backend == "hip"))
-            if shape is SHAPES[0]:
-                calls += list(step_calls())
-            for name, kernel_source, options in calls:
-                compiled = triton.compile(kernel_source, target=target, options=options)
-                record = {
-                    "target": target_name,
-                    "shape": shape.name,
-                    "kernel": name,
-                    "shared_limit": SHARED_LIMITS[target_name],
-                }
-                assembly = compiled.asm["ttgir"]
-                record["async_copies"] = assembly.count("async_copy_global_to_local")
-                record["predicated_loads"] = (
-                    len(re.findall(r"@%p\d+ ld\.global", compiled.asm["ptx"]))
-                    if "ptx" in compiled.asm
-                    else 0
-                )
-                print(json.dumps(record | resources(compiled)), flush=True)
+    places = [(name, index) for name in wanted for index in range(len(launched(name)))]
+    # The slowest first, so that no core waits for another at the end.
+    places.sort(key=lambda place: launched(place[0])[place[1]][1].kernel != "_prefill_kernel")
+    # Not forked: the compiler has threads.
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(os.cpu_count()) as pool:
+        for record in pool.imap_unordered(compile_variant, places):
+            print(record, flush=True)
 
 
 if __name__ == "__main__":

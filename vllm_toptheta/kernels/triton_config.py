@@ -95,12 +95,15 @@ class PrefillConfig:
     num_stages: int = 2
 
 
-def choose_prefill_config(*, head_dim: int, group_size: int, warp_size: int = 32) -> PrefillConfig:
+def choose_prefill_config(
+    *, head_dim: int, group_size: int, cache_bytes: int = 2, warp_size: int = 32
+) -> PrefillConfig:
     """The prefill configuration of one shape.
 
     Args:
         head_dim: width of a K row.
         group_size: tokens per compensation group, a power of two.
+        cache_bytes: bytes of one cache element, 1 or 2.
         warp_size: threads of a warp, 64 on AMD.
     """
     # What 256 threads hold without spilling; scores and outputs of more rows, or half the threads,
@@ -108,7 +111,11 @@ def choose_prefill_config(*, head_dim: int, group_size: int, warp_size: int = 32
     tile = max(64, group_size)
     padded = 1 << (head_dim - 1).bit_length()
     rows = (64 * 64 * 128) // (tile * padded)
-    return PrefillConfig(rows=min(rows, 64), tile=tile, num_warps=256 // warp_size)
+    # Converting float8 takes registers; a third stage fetches block ids ahead, which frees some.
+    is_deep = cache_bytes == 1 and warp_size == 32
+    return PrefillConfig(
+        rows=min(rows, 64), tile=tile, num_warps=256 // warp_size, num_stages=3 if is_deep else 2
+    )
 
 
 def choose_num_splits(

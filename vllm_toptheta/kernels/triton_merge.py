@@ -8,7 +8,7 @@ counts out.
 import triton
 import triton.language as tl
 
-from vllm_toptheta.kernels.triton_split import LOG2E
+from vllm_toptheta.kernels.triton_tiles import LOG2E
 
 
 # What varies from step to step, or between layers, is not specialised: a new value would mean a
