@@ -5,7 +5,6 @@ Runs as a program, because launches can only be recorded where functions are not
 """
 
 import json
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +24,9 @@ from vllm_toptheta.kernels.triton_config import (
 )
 
 # Odd sizes, so that slices of persistent tensors start anywhere.
-LAYERS, MAX_ROWS, MAX_BLOCKS = 3, 41, 33
+MAX_ROWS, MAX_BLOCKS = 41, 33
+WINDOWS = (1, 128, 300)  # of the layers
+LAYERS = len(WINDOWS)
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE, GROUP_SIZE = 9, 3, 64, 32, 16
 SIZES = {"head_dim": HEAD_DIM, "group_size": GROUP_SIZE}
 INT = torch.int32
@@ -84,79 +85,95 @@ class Engine:
             dense=dense,
         )
 
-    def step(self, num_rows: int, num_prompts: int, num_tokens: int) -> None:
-        """One step of single-token rows followed by prompts, as the backend launches it."""
-        total = num_rows + num_tokens
-        qkv = torch.empty(total, (HEADS + 2 * KV_HEADS) * HEAD_DIM, dtype=torch.bfloat16)
-        query = qkv[:, : HEADS * HEAD_DIM].view(total, HEADS, HEAD_DIM)
-        out = torch.empty(total, HEADS, HEAD_DIM, dtype=torch.bfloat16)
-        num_reqs = num_rows + num_prompts
-        rest = slice(num_rows, num_reqs)
-        if num_rows:
-            self.look_up(self.seq_lens[:num_rows], self.wishes, self.theta, self.dense)
-        prompts = None
-        if num_prompts:
-            by_token = torch.zeros(4, num_tokens)
-            theta = torch.zeros(LAYERS, num_tokens, HEADS)
-            prompts = triton_counts.CountedPrompts(
-                torch.zeros(LAYERS, num_tokens, dtype=torch.int8),
-                torch.zeros(LAYERS, num_tokens, HEADS, dtype=INT),
-                torch.zeros(LAYERS, num_tokens, KV_HEADS, dtype=INT),
-            )
-            self.look_up(torch.zeros(num_tokens, dtype=INT), by_token, theta, prompts.dense)
-        for layer in range(LAYERS):
-            triton_means.update_v_means(self.value, self.means, self.slot_mapping[:total])
-            common: dict[str, Any] = {"sm_scale": 0.125}
-            cache = (self.key, self.value, self.means)
-            if num_rows:
-                config = choose_config(**SIZES, cache_bytes=2)
-                triton_decode.decode_attention(
-                    query[:num_rows],
-                    *cache,
-                    self.block_table[:num_rows],
-                    self.seq_lens[:num_rows],
-                    self.theta[layer, :num_rows],
-                    dense=self.dense[layer, :num_rows],
-                    out=out[:num_rows],
-                    num_kept=self.num_kept[layer, :num_rows],
-                    v_rows_read=self.v_rows_read[layer, :num_rows],
-                    scratch=self.scratch,
-                    num_splits=choose_num_splits(num_rows, KV_HEADS, 32, config.programs_per_unit),
-                    config=config,
-                    **common,
-                )
-            if prompts is not None:
-                triton_prefill.prefill_attention(
-                    query[num_rows:],
-                    *cache,
-                    self.block_table[rest],
-                    self.query_start_loc[num_rows : num_reqs + 1],
-                    self.seq_lens[rest],
-                    theta[layer],
-                    dense=prompts.dense[layer],
-                    out=out[num_rows:],
-                    num_kept=prompts.num_kept[layer],
-                    v_tiles_read=prompts.v_tiles_read[layer],
-                    config=choose_prefill_config(**SIZES),
-                    **common,
-                )
+    def decode(self, query: Tensor, out: Tensor, layer: int) -> None:
+        """A layer's single-token rows, the first of the batch."""
+        rows, config = len(query), choose_config(**SIZES, cache_bytes=2)
+        triton_decode.decode_attention(
+            query,
+            self.key,
+            self.value,
+            self.means,
+            self.block_table[:rows],
+            self.seq_lens[:rows],
+            self.theta[layer, :rows],
+            sm_scale=0.125,
+            dense=self.dense[layer, :rows],
+            out=out,
+            num_kept=self.num_kept[layer, :rows],
+            v_rows_read=self.v_rows_read[layer, :rows],
+            scratch=self.scratch,
+            num_splits=choose_num_splits(rows, KV_HEADS, 32, config.programs_per_unit),
+            config=config,
+            window=WINDOWS[layer],
+        )
+
+    def prefill(
+        self,
+        query: Tensor,
+        out: Tensor,
+        theta: Tensor,
+        prompts: triton_counts.CountedPrompts,
+        layer: int,
+        requests: slice,
+    ) -> None:
+        """A layer's prompts."""
+        triton_prefill.prefill_attention(
+            query,
+            self.key,
+            self.value,
+            self.means,
+            self.block_table[requests],
+            self.query_start_loc[requests.start : requests.stop + 1],
+            self.seq_lens[requests],
+            theta[layer],
+            sm_scale=0.125,
+            dense=prompts.dense[layer],
+            out=out,
+            num_kept=prompts.num_kept[layer],
+            v_tiles_read=prompts.v_tiles_read[layer],
+            config=choose_prefill_config(**SIZES),
+            window=WINDOWS[layer],
+        )
+
+    def count(self, num_rows: int, num_reqs: int, prompts: triton_counts.CountedPrompts) -> None:
+        """The counts of a step."""
+        wishes, results = self.wishes, (self.dense, self.num_kept, self.v_rows_read)
         triton_counts.count_step(
             self.seq_lens[:num_reqs],
             self.query_start_loc[: num_reqs + 1],
             self.layers,
-            triton_counts.CountedRows(
-                self.wishes[3],
-                self.wishes[1],
-                self.dense,
-                self.num_kept,
-                self.v_rows_read,
-                num_rows,
-            ),
-            prompts,
+            triton_counts.CountedRows(wishes[3], wishes[1], *results, num_rows),
+            prompts if num_reqs > num_rows else None,
             prunes_prompts=True,
             prunes_generated=True,
             out=torch.zeros(num_reqs, LAYERS, len(triton_counts.COLUMNS), dtype=torch.int64),
         )
+
+    def step(self, num_rows: int, num_prompts: int, num_tokens: int) -> None:
+        """One step of single-token rows followed by prompts, as the backend launches it."""
+        total, num_reqs = num_rows + num_tokens, num_rows + num_prompts
+        qkv = torch.empty(total, (HEADS + 2 * KV_HEADS) * HEAD_DIM, dtype=torch.bfloat16)
+        query = qkv[:, : HEADS * HEAD_DIM].view(total, HEADS, HEAD_DIM)
+        out = torch.empty(total, HEADS, HEAD_DIM, dtype=torch.bfloat16)
+        theta = torch.zeros(LAYERS, num_tokens, HEADS)
+        prompts = triton_counts.CountedPrompts(
+            torch.zeros(LAYERS, num_tokens, dtype=torch.int8),
+            torch.zeros(LAYERS, num_tokens, HEADS, dtype=INT),
+            torch.zeros(LAYERS, num_tokens, KV_HEADS, dtype=INT),
+        )
+        if num_rows:
+            self.look_up(self.seq_lens[:num_rows], self.wishes, self.theta, self.dense)
+        if num_prompts:
+            row_lens, by_token = torch.zeros(num_tokens, dtype=INT), torch.zeros(4, num_tokens)
+            self.look_up(row_lens, by_token, theta, prompts.dense)
+        for layer in range(LAYERS):
+            triton_means.update_v_means(self.value, self.means, self.slot_mapping[:total])
+            if num_rows:
+                self.decode(query[:num_rows], out[:num_rows], layer)
+            if num_prompts:
+                rest, requests = slice(num_rows, None), slice(num_rows, num_reqs)
+                self.prefill(query[rest], out[rest], theta, prompts, layer, requests)
+        self.count(num_rows, num_reqs, prompts)
 
 
 def launch() -> list[Recorder]:
