@@ -39,13 +39,15 @@ REGISTERS = {
 }
 WIDE_REGISTERS = {"_split_kernel": (255, 256), "_prefill_kernel": (255, 512)}
 
-# Bytes a thread, by kernel, shape and target; nothing else spills. No loop over pruned tiles does:
-# these are addresses that are parked before a loop and fetched after it, and on cuda:90 with tiles
-# of 128 keys by 256 (which groups of 128 tokens force) in each tile of the loop of dense rows.
+# Bytes a thread, by shape and target, of the prefill kernel; nothing else spills. No loop over
+# pruned tiles does: ptxas parks addresses before a loop and fetches them after it. Where groups of
+# 128 tokens force tiles of 128 keys by 256, the loop of dense rows fetches a handful for each tile.
 SPILLS = {
-    ("_prefill_kernel", "d80 h1 b16 g16 float16/float16", "cuda:90"): 8,
-    ("_prefill_kernel", "d256 h8 b128 g128 float16/float16", "cuda:80"): 16,
-    ("_prefill_kernel", "d256 h8 b128 g128 float16/float16", "cuda:90"): 32,
+    ("d80 h1 b16 g16 float16/float16", "cuda:90"): 8,
+    ("d80 h1 b16 g16 float16/float16", "cuda:100"): 8,
+    ("d256 h8 b128 g128 float16/float16", "cuda:80"): 16,
+    ("d256 h8 b128 g128 float16/float16", "cuda:90"): 32,
+    ("d256 h8 b128 g128 float16/float16", "cuda:100"): 40,
 }
 
 
@@ -76,13 +78,13 @@ def test_every_kernel_is_compiled_for_every_target(binaries: list[dict[str, Any]
 
 
 def test_registers_spills_and_shared_memory(binaries: list[dict[str, Any]]) -> None:
-    places = [(record["kernel"], record["shape"], record["target"]) for record in binaries]
-    assert set(SPILLS) <= set(places)
-    for record, (kernel, shape, target) in zip(binaries, places, strict=True):
+    for record in binaries:
+        kernel, shape, target = record["kernel"], record["shape"], record["target"]
         is_wide = "d256" in shape or "float8" in shape
         budgets = WIDE_REGISTERS if is_wide and kernel in WIDE_REGISTERS else REGISTERS
         assert record["registers"] <= budgets[kernel][target.startswith("hip")], record
-        assert record["spills"] <= SPILLS.get((kernel, shape, target), 0), record
+        spills = SPILLS.get((shape, target), 0) if kernel == "_prefill_kernel" else 0
+        assert record["spills"] <= spills, record
         assert record["shared"] <= record["shared_limit"], record
         assert record["threads"] <= 256, record
 
