@@ -99,6 +99,7 @@ def test_k_is_prefetched_and_v_loads_are_wide_and_predicated(
         if record["target"].startswith("cuda"):
             assert record["predicated_loads"] > 0, record
             assert record["wide_copies"] > 0, record
+            assert record["element_loads"] == 0, record
             assert "float8" in record["shape"] or record["narrow_copies"] == 0, record
             # Block ids, which only a third stage copies.
             assert record["stages"] > 2 or record["scalar_copies"] == 0, record

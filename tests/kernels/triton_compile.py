@@ -238,8 +238,8 @@ def resources(compiled: Any) -> dict[str, int]:
 
 
 def memory(asm: dict[str, Any]) -> dict[str, int]:
-    """How the binary reads global memory: loads of 16 bytes, loads that a predicate can leave out,
-    and asynchronous copies of 16 bytes, 8 and fewer.
+    """How the binary reads global memory: loads of 16 bytes, of 2, loads that a predicate can leave
+    out, and asynchronous copies of 16 bytes, 8 and fewer.
     """
     if "ptx" not in asm:
         return {"wide_loads": len(re.findall(r"(?:global|buffer)_load_dwordx4", asm["amdgcn"]))}
@@ -250,6 +250,7 @@ def memory(asm: dict[str, Any]) -> dict[str, int]:
         "narrow_copies": copies.count("0x8"),
         "scalar_copies": copies.count("0x4"),
         "wide_loads": ptx.count("ld.global.v4.b32"),
+        "element_loads": len(re.findall(r"ld\.global\S*\.b16", ptx)),
         "predicated_loads": len(re.findall(r"@%p\d+ ld\.global", ptx)),
     }
 
