@@ -311,7 +311,7 @@ def main() -> None:
     places.sort(key=lambda place: launched(place[0])[place[1]][1].kernel != "_prefill_kernel")
     # Not forked: the compiler has threads.
     context = multiprocessing.get_context("spawn")
-    with context.Pool(os.cpu_count()) as pool:
+    with context.Pool(min(os.cpu_count() or 1, 8)) as pool:
         for record in pool.imap_unordered(compile_variant, places):
             print(record, flush=True)
 
