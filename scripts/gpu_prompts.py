@@ -43,6 +43,7 @@ class PromptBatch(Batch):
         self.prompt_config = choose_prefill_config(
             head_dim=shape.head_dim,
             group_size=shape.group_size,
+            cache_bytes=shape.stored.itemsize,
             warp_size=64 if torch.version.hip else 32,
         )
         self.out = torch.empty_like(self.query)

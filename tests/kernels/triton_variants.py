@@ -131,7 +131,7 @@ class Engine:
             out=out,
             num_kept=prompts.num_kept[layer],
             v_tiles_read=prompts.v_tiles_read[layer],
-            config=choose_prefill_config(**SIZES),
+            config=choose_prefill_config(**SIZES, cache_bytes=2),
             window=WINDOWS[layer],
         )
 

@@ -367,6 +367,7 @@ class TopThetaGPUImpl(TritonAttentionImpl):
         self.prefill_config = choose_prefill_config(
             head_dim=head_size,
             group_size=config.group_size,
+            cache_bytes=1 if self.is_fp8 else 2,
             warp_size=64 if current_platform.is_rocm() else 32,
         )
         TopThetaGPUBackend.group_size = config.group_size

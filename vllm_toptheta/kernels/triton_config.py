@@ -96,7 +96,7 @@ class PrefillConfig:
 
 
 def choose_prefill_config(
-    *, head_dim: int, group_size: int, cache_bytes: int = 2, warp_size: int = 32
+    *, head_dim: int, group_size: int, cache_bytes: int, warp_size: int = 32
 ) -> PrefillConfig:
     """The prefill configuration of one shape.
 
