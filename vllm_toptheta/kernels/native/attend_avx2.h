@@ -14,6 +14,8 @@ constexpr int kMaxUnits = 32;     // runs of 16 tokens in the largest block
 // A block that keeps more of its V rows than this is read as a whole. Both ways of reading rely on what was prefetched,
 // so changing between them costs; a run of blocks that were read as a whole ends later than it began.
 constexpr int kDensePercent = 24, kStillDensePercent = 14;
+// With AVX-512 reading all of V costs less. Where a row is at most two cache lines it pays earlier.
+constexpr int kNarrowRow = 128, kNarrowDensePercent = 14, kNarrowStillDensePercent = 8;
 
 // What a task knows about one query head so far. Scores are in units of log2.
 struct HeadState {
@@ -74,7 +76,9 @@ class PageAttention {
         num_units(B / 16),
         num_words((B + 63) / 64),
         lost_stride((num_units + 7) & ~7),
-        group_shift(__builtin_ctz(args.group_size)) {}
+        group_shift(__builtin_ctz(args.group_size)),
+        dense_percent(has_narrow_rows() ? kNarrowDensePercent : kDensePercent),
+        still_dense_percent(has_narrow_rows() ? kNarrowStillDensePercent : kStillDensePercent) {}
 
   const ToptDecodeArgs& a;
   const int D, B, G;
@@ -85,8 +89,10 @@ class PageAttention {
   const int num_words;                // 64-bit words of kept bits in a block
   const int lost_stride;              // num_units, padded to whole vectors
   const int group_shift;              // log2 of the compensation group
+  const int dense_percent, still_dense_percent;
 
   int max_tile_heads() const { return wide ? kMaxWideTileHeads : kMaxTileHeads; }
+  bool has_narrow_rows() const { return wide && D * sizeof(T) <= kNarrowRow; }
   Span span(int seq) const {
     const int n = std::max(a.seq_lens[seq], 0);
     return {a.window > 0 ? std::max(n - a.window, 0) : 0, n};
@@ -152,7 +158,7 @@ class PageAttention {
       now.v = v_of(here);
       const Span visible = {std::max(t.span.begin - b * B, 0), std::min(t.span.end - b * B, B)};
       Block& before = t.blocks[(b + 1) & 1];
-      scores(t, here, now, visible, bytes(expects_v ? now.v : next));
+      scores(t, here, now, visible, bytes(expects_v ? now.v : next), wide && !expects_v);
       flush(t, before);
       if (t.dense)
         dense_block(t, now, visible, next);
@@ -205,8 +211,9 @@ class PageAttention {
   }
 
   // Scores of all heads with the visible keys of a page. K is cut into chunks that stay in L1 while all heads use
-  // them; the first tile of heads prefetches the chunk that follows.
-  void scores(Task& t, const T* k, Block& block, const Span& visible, const char* after) const {
+  // them; the first tile of heads prefetches the chunk that follows, or the one behind it where that is `far`: AVX-512
+  // is done with a chunk before the next one can arrive.
+  void scores(Task& t, const T* k, Block& block, const Span& visible, const char* after, bool far) const {
     const int begin = visible.begin & ~15, end = (visible.end + 15) & ~15;
     const int wide_begin = visible.begin & ~31, wide_end = (visible.end + 31) & ~31;
     const int chunks = std::max<int>((static_cast<size_t>(D) * B * sizeof(T) + kChunkBytes - 1) / kChunkBytes, 1);
@@ -215,7 +222,9 @@ class PageAttention {
       const int dims = std::min(step, D - d);
       const bool first = d == 0, last = d + dims == D;
       const T* chunk = k + static_cast<size_t>(d) * B;
-      const char* ahead = last ? after : bytes(chunk + static_cast<size_t>(dims) * B);
+      const int later = d + (far ? 2 : 1) * step;
+      const char* ahead = later < D ? bytes(k + static_cast<size_t>(later) * B)
+                                    : after + static_cast<size_t>(later - D) * B * sizeof(T);
       for (int tile = 0; tile < num_tiles; tile++) {
         const int g0 = tile_begin(tile), heads = tile_begin(tile + 1) - g0;
         const float* q = t.q + static_cast<size_t>(g0) * D + static_cast<size_t>(d) * heads;
@@ -322,7 +331,7 @@ class PageAttention {
     if (total)
       for (int w = 0; w < num_words; w++) rows += __builtin_popcountll(union_word(block, w));
     t.num_union += rows;
-    if (rows * 100 > num_visible * (was_dense ? kStillDensePercent : kDensePercent)) {
+    if (rows * 100 > num_visible * (was_dense ? still_dense_percent : dense_percent)) {
       if (a.compensation && total < num_visible * G) spread_lost_mass(t, block, visible, begin, end);
       weighted_rows(t, block.v, visible, block.p, B, bytes(next));
       return true;
