@@ -265,13 +265,6 @@ class PrefillTile {
     }
   }
 
-  static uint64_t bits_between(int begin, int end) {  // of a word, both clamped to it
-    begin = std::clamp(begin, 0, 64);
-    end = std::clamp(end, 0, 64);
-    if (begin >= end) return 0;
-    return (end == 64 ? ~uint64_t{0} : (uint64_t{1} << end) - 1) & ~uint64_t{0} << begin;
-  }
-
   // Softmax and selection of one row in a key tile.
   void select(Task& t, int r, const Span& visible) const {
     Row& row = t.rows[r];
@@ -385,18 +378,11 @@ class PrefillTile {
   void add_kept_values(Task& t, int first, int n, int position, bool partial, int rest) const {
     const bool wide = a.group_size > kVTile;
     const Span groups = {wide || rest & 1 ? 0 : num_groups / 2, wide || rest & 2 ? num_groups : num_groups / 2};
-    const uint64_t listed[2] = {rest & 1 ? ~uint64_t{0} : 0, rest & 2 ? ~uint64_t{0} : 0};
     for (int r = first; r < first + n; r++) {
       const float* p = t.p + static_cast<size_t>(r) * kKeyTile;
       float* acc = t.acc + static_cast<size_t>(r) * D;
-      int found = 0;
-      for (int w = 0; w < 2; w++)
-        for (uint64_t bits = t.kept[2 * r + w] & listed[w]; bits; bits &= bits - 1, found++) {
-          const int slot = 64 * w + __builtin_ctzll(bits);
-          t.listed[found] = t.v_rows[slot];
-          t.weights[found] = p[slot];
-        }
-      if (found) listed_rows(t.listed, D, t.weights, found, acc);
+      const uint64_t kept[2] = {rest & 1 ? t.kept[2 * r] : 0, rest & 2 ? t.kept[2 * r + 1] : 0};
+      if (kept[0] | kept[1]) add_kept_rows(t, kept, p, acc);
       if (partial && a.compensation) compensate_parts(t, r, slots(t, r % t.num_tokens, position), groups);
     }
     if (!a.compensation) return;
@@ -404,6 +390,19 @@ class PrefillTile {
     const float* lost = t.lost + static_cast<size_t>(first) * kUnits + groups.begin;
     float* acc = t.acc + static_cast<size_t>(first) * D;
     add_values(n, means, D, groups.size(), lost, kUnits, acc);
+  }
+
+  // acc += p v for the keys whose bits are set.
+  void add_kept_rows(Task& t, const uint64_t (&kept)[2], const float* p, float* acc) const {
+    if (avx512 && D % 32 == 0) return kept_rows_avx512(t.v_rows, D, kept, p, acc);
+    int found = 0;
+    for (int w = 0; w < 2; w++)
+      for (uint64_t bits = kept[w]; bits; bits &= bits - 1, found++) {
+        const int slot = 64 * w + __builtin_ctzll(bits);
+        t.listed[found] = t.v_rows[slot];
+        t.weights[found] = p[slot];
+      }
+    listed_rows(t.listed, D, t.weights, found, acc);
   }
 
   // Compensates groups that a row sees in part from the V rows that it sees, and takes them off the list.

@@ -1,4 +1,4 @@
-// The two loops in which prefill attention spends most of its time, for CPUs with AVX-512.
+// The loops in which prefill attention spends most of its time, for CPUs with AVX-512.
 //
 // Only these functions may use it: the rest of the file that includes them is compiled for AVX2, and the caller asks
 // the CPU. A lane is the same chain of fused multiply-adds as with AVX2, so both keep the same keys.
@@ -60,6 +60,46 @@ TOPT_TILE TOPT_AVX512 void value_block_avx512(const float* __restrict v, int v_s
   for (; c + 32 <= head_dim; c += 32)
     value_columns_avx512<NR, 2>(v + c, v_stride, num_keys, p, p_stride, acc + c, head_dim);
   if (c < head_dim) value_columns_avx512<NR, 1>(v + c, v_stride, num_keys, p, p_stride, acc + c, head_dim);
+}
+
+// Adds the V rows whose bits are set to 32 * NP columns of one query row. AVX-512 has the registers to do without the
+// list that `listed_rows` passes over once per 64 columns.
+template <class T, int NP>
+TOPT_AVX512 TOPT_INLINE void kept_columns_avx512(const T* const* rows, int column, const uint64_t (&kept)[2],
+                                                 const float* __restrict p, float* __restrict acc) {
+  __m512 sum[2 * NP];
+  TOPT_UNROLL for (int i = 0; i < NP; i++) {
+    sum[2 * i] = _mm512_load_ps(acc + 32 * i);
+    sum[2 * i + 1] = _mm512_load_ps(acc + 32 * i + 16);
+    Wide<T>::regroup(sum[2 * i], sum[2 * i + 1]);
+  }
+  for (int w = 0; w < 2; w++)
+    for (uint64_t bits = kept[w]; bits; bits &= bits - 1) {
+      const int slot = 64 * w + __builtin_ctzll(bits);
+      const T* row = rows[slot] + column;
+      const __m512 pv = _mm512_set1_ps(p[slot]);
+      TOPT_UNROLL for (int i = 0; i < NP; i++) {
+        __m512 x, y;
+        Wide<T>::load32(row + 32 * i, x, y);
+        accumulate_wide(sum[2 * i], x, pv);
+        accumulate_wide(sum[2 * i + 1], y, pv);
+      }
+    }
+  TOPT_UNROLL for (int i = 0; i < NP; i++) {
+    Wide<T>::regroup(sum[2 * i], sum[2 * i + 1]);
+    _mm512_store_ps(acc + 32 * i, sum[2 * i]);
+    _mm512_store_ps(acc + 32 * i + 16, sum[2 * i + 1]);
+  }
+}
+
+// For a head_dim that is a multiple of 32.
+template <class T>
+TOPT_TILE TOPT_AVX512 void kept_rows_avx512(const T* const* rows, int head_dim, const uint64_t (&kept)[2],
+                                            const float* p, float* acc) {
+  int c = 0;
+  for (; c + 128 <= head_dim; c += 128) kept_columns_avx512<T, 4>(rows, c, kept, p, acc + c);
+  for (; c + 64 <= head_dim; c += 64) kept_columns_avx512<T, 2>(rows, c, kept, p, acc + c);
+  if (c < head_dim) kept_columns_avx512<T, 1>(rows, c, kept, p, acc + c);
 }
 
 }  // namespace topt

@@ -30,6 +30,12 @@ struct Wide<bf16> {
     b = _mm512_permutex2var_ps(a, high, b);
     a = first;
   }
+  // From the order of two times Elem<T>::load16 to this one, or back.
+  TOPT_AVX512 static TOPT_INLINE void regroup(__m512& a, __m512& b) {
+    const __m512 first = _mm512_shuffle_f32x4(a, b, 0x44);
+    b = _mm512_shuffle_f32x4(a, b, 0xee);
+    a = first;
+  }
 };
 
 template <>
@@ -39,6 +45,7 @@ struct Wide<fp16> {
     b = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16)));
   }
   TOPT_AVX512 static TOPT_INLINE void unpermute(__m512&, __m512&) {}
+  TOPT_AVX512 static TOPT_INLINE void regroup(__m512&, __m512&) {}
 };
 
 template <>
@@ -48,6 +55,7 @@ struct Wide<float> {
     b = _mm512_loadu_ps(p + 16);
   }
   TOPT_AVX512 static TOPT_INLINE void unpermute(__m512&, __m512&) {}
+  TOPT_AVX512 static TOPT_INLINE void regroup(__m512&, __m512&) {}
 };
 
 // acc += x * y; see `accumulate`.
