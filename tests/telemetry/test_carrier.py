@@ -3,6 +3,7 @@ between pipeline stages, and said when a name moved.
 """
 
 import logging
+import weakref
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -123,6 +124,18 @@ def test_the_v2_runner_hands_out_the_counts_with_its_late_output(runner_class: A
     assert carrier.batch_request_ids(runner, [4, 7]) == ["b", "a"]
     runner.execute_model(scheduled(), None, dummy_run=True)
     assert STEP_LOG.runner is None, "dummy runs are not recorded"
+
+
+def test_a_late_output_does_not_hold_the_tensors_of_its_step() -> None:
+    STEP_LOG.begin(SimpleNamespace(), [], [])
+    step = Step([3, 5], detail=[1])
+    alive = weakref.ref(step)
+    STEP_LOG.append(step)
+    del step
+    counts = carrier._begin(["a", "b"], {})
+    assert counts is not None
+    assert alive() is None
+    assert rows(counts.record()) == {"a": 3, "b": 5}
 
 
 @pytest.mark.parametrize("runner_class", [RunnerV2], indirect=True)

@@ -121,17 +121,20 @@ def _batch_request_ids(runner: Any) -> list[str]:
 
 @dataclass
 class _Counts:
-    """The counts of a step on their way from the device.
+    """The counts of a step on their way from the device. They outlive the step, whose tensors are
+    large where prompts are pruned.
 
     Attributes:
         request_ids: the rows of the batch, without padding.
-        step: one of the attention steps that were added up.
+        num_reqs, num_layers, detail: of any of the attention steps that were added up.
         totals: `totals()` of all of them, on the host.
         copied: happens when `totals` is there; None where it is already.
     """
 
     request_ids: list[str]
-    step: Any
+    num_reqs: int
+    num_layers: int
+    detail: list[int]
     totals: torch.Tensor
     copied: "torch.cuda.Event | None"
 
@@ -139,13 +142,13 @@ class _Counts:
         """Wait for the counts, and sort them."""
         if self.copied is not None:
             self.copied.synchronize()
-        num_requests, num_layers = self.step.num_reqs, self.step.num_layers
+        num_requests, num_layers = self.num_reqs, self.num_layers
         lines = self.totals.view(-1, len(FIELDS)).numpy()
         first_detail = num_requests + num_layers
         starts = range(first_detail, len(lines), num_layers)
         detail = {
             self.request_ids[row]: lines[start : start + num_layers].tolist()
-            for row, start in zip(self.step.detail, starts, strict=True)
+            for row, start in zip(self.detail, starts, strict=True)
         }
         # Padding rows belong to no request.
         return StepRecord(
@@ -181,13 +184,14 @@ def _begin(request_ids: list[str], received: dict[str, torch.Tensor]) -> _Counts
     totals = _totals(steps, received)
     if totals is None:
         return None
-    if totals.device.type == "cpu":
-        return _Counts(request_ids, steps[-1], totals, None)
-    host = torch.empty(totals.shape, dtype=totals.dtype, pin_memory=True)
-    host.copy_(totals, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
-    return _Counts(request_ids, steps[-1], host, copied)
+    copied = None
+    if totals.device.type != "cpu":
+        host = torch.empty(totals.shape, dtype=totals.dtype, pin_memory=True)
+        totals = host.copy_(totals, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+    step = steps[-1]
+    return _Counts(request_ids, step.num_reqs, step.num_layers, step.detail, totals, copied)
 
 
 def _attach(output: Any, counts: _Counts | None) -> None:
