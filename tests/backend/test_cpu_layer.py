@@ -1,6 +1,7 @@
 """One attention layer of the backend against CPU_ATTN on the same tokens: mixed batches, windows,
 soft caps, sinks."""
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -151,3 +152,29 @@ def test_layer_agrees_with_cpu_attn(
 def test_alibi_is_refused(vllm_config: VllmConfig) -> None:
     with set_current_vllm_config(vllm_config), pytest.raises(ValueError, match="ALiBi"):
         TopThetaCPUImpl(HEADS, HEAD_DIM, 0.125, KV_HEADS, [1.0] * HEADS, None, "auto")
+
+
+def test_sinks_that_are_loaded_again_count(vllm_config: VllmConfig) -> None:
+    sinks = torch.zeros(HEADS, dtype=torch.bfloat16)
+    options = {"sliding_window": None, "kv_cache_dtype": "auto", "sinks": sinks}
+    with set_current_vllm_config(vllm_config):
+        layer = TopThetaCPUImpl(HEADS, HEAD_DIM, HEAD_DIM**-0.5, KV_HEADS, None, **options)
+    layout = PageLayout(BLOCK, HEAD_DIM, 16)
+    layer.bind(0, layout, compensation=True)
+    paged = torch.ones(1, KV_HEADS, BLOCK, layout.content_elements)
+    decode = DecodeStep(
+        num_decodes=1,
+        block_table=torch.zeros(1, 1, dtype=torch.int32),
+        seq_lens=torch.tensor([9], dtype=torch.int32),
+        theta=torch.full((1, 1, HEADS), -torch.inf),
+        dense=torch.tensor([[True]]),
+        num_kept=torch.empty((1, 1, HEADS), dtype=torch.int32),
+        v_rows_read=torch.empty((1, 1, KV_HEADS), dtype=torch.int32),
+    )
+    step = TopThetaCPUMetadata(num_actual_tokens=1, decode=decode, prefill=None)
+    query, out = torch.zeros(1, HEADS, HEAD_DIM), torch.empty(1, HEADS, HEAD_DIM)
+    # Nine keys of score 0 and V of ones: their share of the denominator.
+    for sink in (0.0, 3.0):
+        sinks.fill_(sink)
+        layer.forward(LAYER, query, None, None, paged, step, out)
+        torch.testing.assert_close(out, torch.full_like(out, 9 / (9 + math.exp(sink))))

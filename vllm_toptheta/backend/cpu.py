@@ -344,7 +344,6 @@ class TopThetaCPUImpl(CPUAttentionBackendImpl):
         self.sm_scale = self.scale
         self.window = None if self.sliding_window == -1 else self.sliding_window
         self.soft_cap = self.logits_soft_cap or None
-        self.float_sinks: torch.Tensor | None = None
         self.kernel_impl, why_not_native = available_impl()
         if why_not_native:
             logger.warning_once(
@@ -394,8 +393,8 @@ class TopThetaCPUImpl(CPUAttentionBackendImpl):
     ) -> torch.Tensor:
         if attn_metadata is None:  # profiling run
             return output
-        if self.sinks is not None and self.float_sinks is None:  # weights are loaded by now
-            self.float_sinks = self.sinks.float()
+        # Converted anew each time: weights may be loaded again.
+        sinks = None if self.sinks is None else self.sinks.float()
         num_decodes = 0
         if (decode := attn_metadata.decode) is not None:
             num_decodes = decode.num_decodes
@@ -411,7 +410,7 @@ class TopThetaCPUImpl(CPUAttentionBackendImpl):
                 compensation=self.compensation,
                 window=self.window,
                 soft_cap=self.soft_cap,
-                sinks=self.float_sinks,
+                sinks=sinks,
                 out=output[:num_decodes],
                 num_kept=decode.num_kept[self.slot],
                 v_rows_read=decode.v_rows_read[self.slot],
@@ -432,7 +431,7 @@ class TopThetaCPUImpl(CPUAttentionBackendImpl):
                 compensation=self.compensation,
                 window=self.window,
                 soft_cap=self.soft_cap,
-                sinks=self.float_sinks,
+                sinks=sinks,
                 out=output[rest],
                 num_kept=prompts.num_kept[self.slot],
                 v_tiles_read=prompts.v_tiles_read[self.slot],
