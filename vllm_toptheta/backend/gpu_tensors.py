@@ -207,8 +207,8 @@ class StepTensors:
         plan, num_rows = self.plan, len(is_prompt)
         config = plan.config
         rows = torch.empty(4, num_rows, pin_memory=self.device.type == "cuda")
-        rows[0] = torch.where(is_prompt, plan.prefill_k, config.k)
-        rows[1] = torch.where(is_prompt, self.level_of(plan.prefill_k), self.level_of(config.k))
+        rows[0] = torch.where(is_prompt, config.prefill_k, config.k)
+        rows[1] = torch.where(is_prompt, self.level_of(config.prefill_k), self.level_of(config.k))
         rows[2] = is_prompt if config.phases == "decode" else ~is_prompt
         if config.phases == "both":
             rows[2] = 0

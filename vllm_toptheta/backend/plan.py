@@ -59,7 +59,7 @@ class Plan:
                 )
         for k in {self.layer_k(index) for index in range(num_layers)} | {
             self.config.k,
-            self.prefill_k,
+            self.config.prefill_k,
         }:
             self.table.at_k(k)
         policy = self.policy()
@@ -95,12 +95,6 @@ class Plan:
             decode=None if phases == "prefill" else self.config.k,
             prefill=None if phases == "decode" else self.config.prefill_k,
         )
-
-    @property
-    def prefill_k(self) -> float:
-        """The mean keys a prompt row keeps where prompts are pruned and its request does not
-        say."""
-        return self.config.prefill_k
 
     def layer_k(self, index: int, k: float | None = None) -> float:
         """The mean keys a row keeps that one layer's thresholds aim at.

@@ -344,11 +344,7 @@ class PageAttention {
 
   // Clears the kept bits outside the visible tokens, which include what an earlier block left there.
   void hide(uint64_t* kept, const Span& visible) const {
-    for (int w = 0; w < num_words; w++) {
-      const int begin = std::clamp(visible.begin - 64 * w, 0, 64), end = std::clamp(visible.end - 64 * w, 0, 64);
-      const uint64_t below_end = end == 64 ? ~uint64_t{0} : (uint64_t{1} << end) - 1;
-      kept[w] &= begin == 64 ? 0 : below_end & ~uint64_t{0} << begin;
-    }
+    for (int w = 0; w < num_words; w++) kept[w] &= bits_between(visible.begin - 64 * w, visible.end - 64 * w);
   }
 
   // Lost mass of every compensation group of a block, one head.

@@ -12,14 +12,6 @@ constexpr int kKeyTile = 128;  // keys that all rows of a query tile attend to b
 constexpr int kUnits = kKeyTile / 16;
 constexpr int kRowBlock = 6;   // query rows in registers: 6 x 16 accumulators leave room for two vectors of keys
 
-// Bits [begin, end) of a word, both clamped to it.
-inline uint64_t bits_between(int begin, int end) {
-  begin = std::clamp(begin, 0, 64);
-  end = std::clamp(end, 0, 64);
-  if (begin >= end) return 0;
-  return (end == 64 ? ~uint64_t{0} : (uint64_t{1} << end) - 1) & ~uint64_t{0} << begin;
-}
-
 // K of 16 tokens as floats: k [head_dim][k_stride] to panel [head_dim][16]. Without it the rows of K would fall into
 // few cache sets, and bf16 would be converted once per block of query rows.
 template <class T>

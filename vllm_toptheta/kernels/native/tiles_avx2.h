@@ -148,6 +148,14 @@ void gather_rows(const T* v, int head_dim, const int32_t* offsets, const float* 
   for (; c < head_dim; c += 16) gather_tile<T, 1>(v + c, offsets, p, num_rows, acc + c);
 }
 
+// Bits [begin, end) of a word, both clamped to it.
+inline uint64_t bits_between(int begin, int end) {
+  begin = std::clamp(begin, 0, 64);
+  end = std::clamp(end, 0, 64);
+  if (begin >= end) return 0;
+  return (end == 64 ? ~uint64_t{0} : (uint64_t{1} << end) - 1) & ~uint64_t{0} << begin;
+}
+
 TOPT_TILE float max_of(const float* s, int begin, int end) {
   __m256 a = _mm256_load_ps(s + begin), b = _mm256_load_ps(s + begin + 8);
   for (int t = begin + 16; t < end; t += 16) {
