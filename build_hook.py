@@ -9,7 +9,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-KERNELS = Path("vllm_toptheta") / "kernels"
+KERNELS = Path("vllm_toptheta") / "kernels" / "cpu"
 
 
 class NativeKernelHook(BuildHookInterface):
@@ -19,7 +19,7 @@ class NativeKernelHook(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         kernels = Path(self.root) / KERNELS
         # Run by path: importing the package would need its run-time dependencies at build time.
-        build = runpy.run_path(str(kernels / "build_native.py"))
+        build = runpy.run_path(str(kernels / "build.py"))
         try:
             library = build["build_native"](kernels)
         except RuntimeError as error:

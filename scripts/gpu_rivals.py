@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 import triton
 from gpu_lib import Batch
-from gpu_prompts import PromptBatch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -72,37 +71,33 @@ class VllmTriton:
 
     def rivals(self, batch: Batch) -> Iterator[tuple[str, Rival]]:
         shape, num_seqs = batch.shape, len(batch.shape.lens)
-        if isinstance(batch, PromptBatch):
-            starts, longest = batch.query_start_loc, max(batch.query_lens)
-        else:
-            starts = torch.arange(num_seqs + 1, dtype=torch.int32, device=batch.device)
-            longest = 1
+        longest = max(shape.lens) if shape.is_prompt else 1
         threshold = SMALL_GRID // shape.num_kv_heads
         rows = (min(num_seqs, threshold), shape.num_heads, SEGMENTS)
         dim = triton.next_power_of_2(shape.head_dim)
-        partial = torch.empty(*rows, dim, device=batch.device)
-        maxima, sums = (torch.empty(rows, device=batch.device) for _ in range(2))
-        out = torch.empty_like(batch.query)
+        partial = torch.empty(*rows, dim, device=batch.row_lens.device)
+        maxima, sums = (torch.empty(rows, device=batch.row_lens.device) for _ in range(2))
+        out = torch.empty_like(batch.layer.query)
         modes, is_quantised = self.module.KVQuantMode, shape.cache_dtype is not None
 
         def run() -> Tensor:
             self.module.unified_attention(
-                q=batch.query,
-                k=batch.key_cache.transpose(1, 2),
-                v=batch.value_cache.transpose(1, 2),
+                q=batch.layer.query,
+                k=batch.layer.key.transpose(1, 2),
+                v=batch.layer.value.transpose(1, 2),
                 out=out,
-                cu_seqlens_q=starts,
+                cu_seqlens_q=batch.layer.query_start_loc,
                 max_seqlen_q=longest,
-                seqused_k=batch.seq_lens,
+                seqused_k=batch.layer.seq_lens,
                 max_seqlen_k=max(shape.lens),
-                softmax_scale=batch.sm_scale,
+                softmax_scale=shape.head_dim**-0.5,
                 causal=True,
                 window_size=(-1, -1),
-                block_table=batch.block_table,
+                block_table=batch.layer.block_table,
                 softcap=0,
                 q_descale=None,
-                k_descale=batch.k_scale,
-                v_descale=batch.v_scale,
+                k_descale=batch.layer.options["k_scale"],
+                v_descale=batch.layer.options["v_scale"],
                 seq_threshold_3D=threshold,
                 num_par_softmax_segments=SEGMENTS,
                 softmax_segm_output=partial,
@@ -122,12 +117,12 @@ def sdpa_rivals(batch: Batch) -> Iterator[tuple[str, Rival]]:
     shape = batch.shape
     if shape.cache_dtype is not None or len(set(shape.lens)) != 1:
         return
-    if not batch.machine.fits(shape.cache_bytes):
+    if not batch.layer.machine.fits(shape.cache_bytes):
         print(f"     no room for torch's kernels beside {shape.describe()}")
         return
-    key, value = (_contiguous(batch, cache) for cache in (batch.key_cache, batch.value_cache))
+    key, value = (_contiguous(batch, cache) for cache in (batch.layer.key, batch.layer.value))
     backends = [("math", SDPBackend.MATH)]
-    if batch.machine.is_gpu:
+    if batch.layer.machine.is_gpu:
         flash, cudnn = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
         backends = [("flash", flash), ("cudnn", cudnn)]
 
@@ -138,7 +133,7 @@ def sdpa_rivals(batch: Batch) -> Iterator[tuple[str, Rival]]:
                     query,
                     key,
                     value,
-                    scale=batch.sm_scale,
+                    scale=shape.head_dim**-0.5,
                     is_causal=causal,
                     enable_gqa=query.shape[1] != key.shape[1],
                 )
@@ -146,15 +141,17 @@ def sdpa_rivals(batch: Batch) -> Iterator[tuple[str, Rival]]:
         return run
 
     for name, backend in backends:
-        if isinstance(batch, PromptBatch):
-            query = batch.query.unflatten(0, (len(shape.lens), -1)).transpose(1, 2).contiguous()
+        if shape.is_prompt:
+            query = (
+                batch.layer.query.unflatten(0, (len(shape.lens), -1)).transpose(1, 2).contiguous()
+            )
             yield (
                 f"sdpa {name}",
                 Rival(runner(backend, query, True), lambda out: out.transpose(1, 2).flatten(0, 1)),
             )
             continue
-        query = batch.query[:, :, None]
-        packed = batch.query.unflatten(1, (shape.num_kv_heads, shape.heads))
+        query = batch.layer.query[:, :, None]
+        packed = batch.layer.query.unflatten(1, (shape.num_kv_heads, shape.heads))
         yield f"sdpa {name}", Rival(runner(backend, query, False), lambda out: out[:, :, 0])
         yield (
             f"sdpa {name} packed",
@@ -170,9 +167,3 @@ def _contiguous(batch: Batch, cache: Tensor) -> Tensor:
     for seq in range(len(shape.lens)):
         rows[seq].copy_(batch.row(cache, seq).transpose(0, 1))
     return rows
-
-
-def dense_rivals(batch: Batch, vllm: VllmTriton | None) -> dict[str, Rival]:
-    """Every dense kernel that may be able to compute this batch, ours among them."""
-    found = {"toptheta dense": Rival(batch.run_dense), **dict(sdpa_rivals(batch))}
-    return found | (dict(vllm.rivals(batch)) if vllm else {})

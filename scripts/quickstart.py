@@ -1,5 +1,5 @@
 """Serves a model with Top-theta attention, asks it about a long text, and prints the answer and
-what was pruned."""
+what pruning saved and cost."""
 
 import argparse
 import os
@@ -8,19 +8,26 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from fetch_model import fetch
 from openai import OpenAI
-from server import Server
+from server import Server, add_pruning_options, pruning_options
 
 QUESTION = "In one paragraph, what does the text above explain?"
+
+
+def setting(summary: dict[str, Any]) -> str:
+    """What the rows ran with, as the response says."""
+    shown = {name: summary[name] for name in ("min_prob", "min_mass", "k")}
+    return ", ".join(f"{name} {number:g}" for name, number in shown.items() if number is not None)
 
 
 def main() -> None:
     """Run it; everything is stopped again at the end."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, help="checkpoint (default: SmolLM2-135M-Instruct)")
-    parser.add_argument("--k", type=float, default=128, help="mean keys a row keeps")
+    add_pruning_options(parser)
     parser.add_argument("--max-tokens", type=int, default=96)
     args = parser.parse_args()
     model = args.model or fetch()
@@ -33,7 +40,11 @@ def main() -> None:
     with (
         tempfile.TemporaryDirectory() as folder,
         Server(
-            model, *options, toptheta={"k": args.k}, log_path=Path(folder) / "server.log", env=env
+            model,
+            *options,
+            toptheta=pruning_options(args),
+            log_path=Path(folder) / "server.log",
+            env=env,
         ) as server,
     ):
         client = OpenAI(base_url=server.url, api_key="none", timeout=1800)
@@ -56,8 +67,8 @@ def main() -> None:
         print(
             f"{usage.prompt_tokens} prompt tokens, {usage.completion_tokens} generated. "
             f"Decode read {summary['v_rows_read']:,} of {summary['v_rows_scored']:,} V rows "
-            f"({summary['v_rows_read'] / summary['v_rows_scored']:.1%}); each row kept "
-            f"{summary['kept_fraction']:.1%} of its keys (k = {summary['k']:g})."
+            f"({summary['v_rows_read'] / summary['v_rows_scored']:.1%}); they hold "
+            f"{summary['kept_mass']:.1%} of the attention ({setting(summary)})."
         )
 
 

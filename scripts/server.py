@@ -1,6 +1,7 @@
 """Starts, pauses and stops a real `vllm serve` for the quickstart, the benchmarks and the
 end-to-end tests."""
 
+import argparse
 import contextlib
 import json
 import os
@@ -16,6 +17,21 @@ from pathlib import Path
 from typing import IO, Any
 
 VLLM = Path(sys.executable).with_name("vllm")
+
+
+def add_pruning_options(parser: argparse.ArgumentParser) -> None:
+    """Let a script's user choose what is pruned; `pruning_options` reads it."""
+    dial = parser.add_mutually_exclusive_group()
+    dial.add_argument(
+        "--min-prob", type=float, help="attention probability below which no V row is read"
+    )
+    dial.add_argument("--k", type=float, help="mean keys per kv head instead; needs a table")
+
+
+def pruning_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The same as options of the plug-in; its own defaults where nothing was chosen."""
+    chosen = {"min_prob": args.min_prob, "k": args.k}
+    return {name: number for name, number in chosen.items() if number is not None}
 
 
 class Server:

@@ -1,6 +1,6 @@
 """Runs a script of this repository as on a machine that has torch and triton but no vLLM.
 
-`python bare_gpu_check.py FOLDER SCRIPT ARGUMENT...`: the only `vllm` that can be imported lies in
+`python bare_machine.py FOLDER SCRIPT ARGUMENT...`: the only `vllm` that can be imported lies in
 FOLDER, and what else vLLM would have installed is not there.
 """
 

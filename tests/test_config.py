@@ -15,50 +15,51 @@ def test_defaults_apply_where_nothing_is_given() -> None:
 
 
 def test_layer_overrides_take_json_keys() -> None:
-    config = parse({"k": 64, "layers": {"0": {"k": 512}, "7": {"dense": True}}})
-    assert config.k == 64
-    assert config.layers[0].k == 512
+    config = parse({"min_prob": 0.01, "layers": {"0": {"min_prob": 1e-4}, "7": {"dense": True}}})
+    assert config.min_prob == 0.01
+    assert config.layers[0].min_prob == 1e-4
     assert config.layers[7].dense
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({}, 128),
-        ({"k": 64}, 64),
-        ({"k": 64, "prefill_k": None}, 64),
-        ({"prefill_k": 80, "k": 64}, 80),
-    ],
-)
-def test_prompts_keep_k_keys_unless_told_otherwise(
-    options: dict[str, object], expected: float
-) -> None:
-    assert parse(options).prefill_k == expected
-
-
-def test_a_wrong_k_is_named_once() -> None:
-    with pytest.raises(ValueError, match="toptheta") as caught:
-        parse({"k": "many"})
-    assert "prefill_k" not in str(caught.value).split("Options are")[0]
+def test_ranges_are_json_lists() -> None:
+    config = parse({"min_prob_range": [1e-5, 0.01], "min_mass_range": [0.5, 0.5]})
+    assert config.min_prob_range == (1e-5, 0.01)
+    assert config.min_mass_range == (0.5, 0.5)
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"ks": 3}, ["unknown option 'ks'", "did you mean 'k'"]),
+        ({"min_probs": 3}, ["unknown option 'min_probs'", "did you mean 'min_prob'"]),
         ({"min_kv_length": 3}, ["unknown option 'min_kv_length'", "did you mean 'min_kv_len'"]),
+        ({"min_prob": 0}, ["'min_prob'", "greater than 0", "got 0"]),
+        ({"min_prob": 1.0}, ["'min_prob'", "less than 1", "1.0"]),
+        ({"min_prob": "small"}, ["'min_prob'", "valid number", "'small'"]),
+        ({"min_prob": float("nan")}, ["'min_prob'", "nan"]),
+        ({"min_mass": 1}, ["'min_mass'", "less than 1", "got 1"]),
+        ({"min_mass": -0.1}, ["'min_mass'", "greater than or equal to 0", "-0.1"]),
         ({"k": -1}, ["'k'", "greater than 0", "-1"]),
         ({"k": "many"}, ["'k'", "valid number", "'many'"]),
         ({"k": float("nan")}, ["'k'", "finite"]),
-        ({"prefill_k": 0}, ["'prefill_k'", "greater than 0", "0"]),
-        ({"prefill_k": "k"}, ["'prefill_k'", "valid number", "'k'"]),
+        ({"k": 64, "min_prob": 0.001}, ["'k' and 'min_prob' exclude each other"]),
+        ({"prefill_min_prob": 0}, ["'prefill_min_prob'", "greater than 0", "0"]),
+        ({"prefill_k": 64}, ["option 'prefill_k' is gone", "prefill_min_prob"]),
+        ({"group_size": 16}, ["option 'group_size' is gone", "--block-size"]),
         ({"min_kv_len": 1.5}, ["'min_kv_len'", "1.5"]),
         ({"compensation": "yes"}, ["'compensation'", "'yes'"]),
-        ({"group_size": 24}, ["'group_size'", "16, 32, 64 or 128", "24"]),
         ({"layers": [1]}, ["'layers'", "dictionary"]),
         ({"layers": {"first": {}}}, ["layers.first", "integer"]),
-        ({"layers": {"1": {"kk": 2}}}, ["unknown option 'layers.1.kk'", "did you mean 'k'"]),
-        ({"layers": {"1": {"k": 2, "dense": True}}}, ["layers.1", "a dense layer takes no k"]),
+        ({"layers": {"1": {"prob": 2}}}, ["unknown option 'layers.1.prob'", "mean 'min_prob'"]),
+        ({"layers": {"1": {"k": 2}}}, ["option 'layers.1.k' is gone", "min_prob"]),
+        (
+            {"layers": {"1": {"min_prob": 0.1, "dense": True}}},
+            ["layers.1", "a dense layer takes no min_prob"],
+        ),
+        ({"min_prob_range": [0.1, 0.01]}, ["'min_prob_range'", "must not be above the second"]),
+        ({"min_prob_range": [0, 0.01]}, ["min_prob_range.0", "greater than 0"]),
+        ({"min_mass_range": [0, 1]}, ["min_mass_range.1", "less than 1"]),
+        ({"min_mass_range": [0.5]}, ["min_mass_range"]),
         (7, ["JSON object", "int"]),
         ("auto", ["JSON object", "str"]),
     ],

@@ -2,24 +2,20 @@
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from gpu_scripts import SCRIPTS, load_script, run_bare
+from gpu_scripts import SCRIPTS, load_script
 from triton_interpreter import needs_interpreter
 
 pytest.importorskip("triton")
-
-from vllm_toptheta.kernels.triton_config import TUNED_PATH, LaunchConfig, choose_config
 
 pytestmark = needs_interpreter
 
@@ -31,28 +27,48 @@ def machine() -> Any:
     return Machine(torch.device("cpu"), "a test", 4, True)
 
 
-def test_without_a_gpu_the_scripts_say_so() -> None:
+def test_without_a_gpu_the_script_says_so() -> None:
     environment = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
-    for script in ("gpu_check", "tune_triton"):
-        done = subprocess.run(
-            [sys.executable, SCRIPTS / script],
-            env=environment | {"CUDA_VISIBLE_DEVICES": ""},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 2
-        assert "finds no GPU; with TRITON_INTERPRET=1" in done.stderr
+    done = subprocess.run(
+        [sys.executable, SCRIPTS / "gpu_check"],
+        env=environment | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 2
+    assert "finds no GPU; with TRITON_INTERPRET=1" in done.stderr
 
 
-def tiny(**changes: Any) -> Any:
-    from gpu_shapes import TINY
+def shape(**changes: Any) -> Any:
+    from gpu_bench import TINY
 
     return dataclasses.replace(TINY, **{"lens": (70,), **changes})
 
 
+def spec(**changes: Any) -> Any:
+    from gpu_cases import TINY
+
+    return dataclasses.replace(TINY, **{"lens": (70, 33), **changes})
+
+
+def test_pages_are_laid_out_as_the_backend_finds_them() -> None:
+    """Means lie behind K and V of every page, which is padded."""
+    pytest.importorskip("vllm")
+    from gpu_lib import E4M3, served_pages
+
+    from vllm_toptheta.backend.sidecar import v_means_view
+
+    for stored in (torch.bfloat16, E4M3):
+        cache, means = served_pages((3, 2, 32, 64), stored, torch.bfloat16, torch.device("cpu"))
+        view = v_means_view(cache, torch.bfloat16)
+        assert (view.shape, view.stride()) == (means.shape, means.stride())
+        assert view.data_ptr() == means.data_ptr()
+        assert cache.float().isnan().all()
+
+
 def test_a_wrong_rival_fails_and_one_that_does_not_run_is_left_out(machine: Any) -> None:
-    from gpu_bench import bench_decode
+    from gpu_bench import bench
     from gpu_report import Report
     from gpu_rivals import Rival
 
@@ -61,16 +77,16 @@ def test_a_wrong_rival_fails_and_one_that_does_not_run_is_left_out(machine: Any)
 
     def rivals(batch: Any) -> Iterator[tuple[str, Rival]]:
         yield "broken", Rival(fail)
-        yield "close", Rival(lambda: batch.run_dense() * 1.001)
+        yield "close", Rival(lambda: batch.run_dense() * 1.0005)
         yield "wrong", Rival(lambda: batch.run_dense() * 1.1)
         yield "nothing", Rival(lambda: batch.run_dense() * math.nan)
 
-    (record,) = bench_decode(tiny(), [6], machine, SimpleNamespace(rivals=rivals))
+    (record,) = bench(shape(), [0.01], machine, SimpleNamespace(rivals=rivals))
     assert record["left_out"] == {"broken": "RuntimeError: no kernel image"}
     assert set(record["wrong"]) == {"wrong", "nothing"}
     assert set(record["ms"]) >= {"toptheta", "toptheta dense", "close", "sdpa math"}
     assert not record["ok"]
-    assert record["speed_up"] is None
+    assert "speed-up" not in record
     report = Report({"device": "a test"}, records=[record])
     assert "broken on 1 x 70 gqa 2 float16: RuntimeError: no kernel image" in report.summary()
     assert "WRONG, 1 of 1 checks" in report.summary()
@@ -82,39 +98,36 @@ def test_a_wrong_kernel_fails_every_check(
 ) -> None:
     """And a kernel that raises does not hide the checks after it."""
     import gpu_bench
+    import gpu_cases
     import gpu_lib
 
-    script = load_script("gpu_check")
     right = gpu_lib.decode_attention
 
-    def wrong(*args: Any, **kwargs: Any) -> None:
-        right(*args, **kwargs)
-        kwargs["out"].mul_(1.02)
+    def spoiled(change: Any) -> None:
+        def wrong(*args: Any, **kwargs: Any) -> None:
+            right(*args, **kwargs)
+            change(kwargs)
 
-    monkeypatch.setattr(gpu_lib, "decode_attention", wrong)
-    record = script.check_correctness(tiny(lens=(70, 33)), machine, 0)
+        monkeypatch.setattr(gpu_lib, "decode_attention", wrong)
+
+    spoiled(lambda outputs: outputs["out"].mul_(1.02))
+    record = gpu_cases.check_decode(spec(), machine)
     assert not record["ok"]
     assert record["counts"]
-    (record,) = gpu_bench.bench_decode(tiny(), [6], machine, None)
+    (record,) = gpu_bench.bench(shape(), [0.01], machine, None)
     assert not record["ok"]
     assert record["wrong"].keys() == {"toptheta dense"}
 
-    def spoils(*args: Any, **kwargs: Any) -> None:
-        right(*args, **kwargs)
-        kwargs["out"][-1, 0, 0] = math.nan
-
-    monkeypatch.setattr(gpu_lib, "decode_attention", spoils)
-    assert not script.check_correctness(tiny(lens=(70, 33)), machine, 0)["ok"]
-    (record,) = gpu_bench.bench_decode(tiny(lens=(70, 70)), [6], machine, None)
+    spoiled(lambda outputs: outputs["out"][-1, 0, 0].fill_(math.nan))
+    assert not gpu_cases.check_decode(spec(), machine)["ok"]
+    (record,) = gpu_bench.bench(shape(lens=(70, 70)), [0.01], machine, None)
     assert not record["ok"]
 
-    def miscounts(*args: Any, **kwargs: Any) -> None:
-        right(*args, **kwargs)
-        kwargs["num_kept"].add_(1)
-
-    monkeypatch.setattr(gpu_lib, "decode_attention", miscounts)
-    assert not script.check_correctness(tiny(lens=(70, 33)), machine, 0)["ok"]
-    (record,) = gpu_bench.bench_decode(tiny(), [6], machine, None)
+    for name in ("num_kept", "kept_mass", "lifts"):
+        spoiled(lambda outputs, name=name: outputs[name].add_(3))
+        assert not gpu_cases.check_decode(spec(), machine)["ok"], name
+    spoiled(lambda outputs: outputs["num_kept"].add_(3))
+    (record,) = gpu_bench.bench(shape(), [0.01], machine, None)
     assert not record["ok"]
     assert not record["wrong"]
 
@@ -122,18 +135,39 @@ def test_a_wrong_kernel_fails_every_check(
         raise RuntimeError("out of resource: shared memory")
 
     monkeypatch.setattr(gpu_lib, "decode_attention", raises)
+    script = load_script("gpu_check")
     report = script.Report({})
-    script.check_results(machine, report, quick=False)
+    script.check_results(machine, report, quick=False, jobs=1)
     assert [(r["check"], r["ok"]) for r in report.records] == [
-        ("correctness", False),
-        ("determinism", False),
+        ("check_decode", False),
         ("prompts", True),
+        ("check_determinism", False),
     ]
     assert "out of resource: shared memory" in report.summary()
 
 
+def test_a_set_that_depends_on_the_batch_is_noticed(
+    machine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gpu_cases
+    import gpu_lib
+
+    right = gpu_lib.decode_attention
+
+    def sloppy(*args: Any, **kwargs: Any) -> None:
+        if kwargs["num_splits"] == 5:
+            args = (*args[:6], args[6] - 0.05, *args[7:])
+        right(*args, **kwargs)
+
+    monkeypatch.setattr(gpu_lib, "decode_attention", sloppy)
+    record = gpu_cases.check_determinism(spec(lens=(70,)), machine)
+    assert record["splits 2"]
+    assert not record["splits 5"]
+    assert not record["ok"]
+
+
 class FakeCuda:
-    """torch.cuda's graphs, streams and events: launches of Batch are recorded while a graph is
+    """torch.cuda's graphs, streams and events: launches of Layer are recorded while a graph is
     captured, and run when it is replayed. Every replay takes 8 ms.
     """
 
@@ -141,13 +175,13 @@ class FakeCuda:
         import gpu_lib
 
         self.graph: Any = None
-        launch = gpu_lib.Batch.launch
+        attend = gpu_lib.Layer.attend
 
-        def recorded(batch: Any, **kwargs: Any) -> None:
+        def recorded(layer: Any, result: Any, num_splits: int | None = None) -> None:
             if self.graph is None:
-                launch(batch, **kwargs)
+                attend(layer, result, num_splits)
             else:
-                self.graph.launches.append(lambda: launch(batch, **kwargs))
+                self.graph.launches.append(lambda: attend(layer, result, num_splits))
 
         class Graph:
             def __init__(self) -> None:
@@ -169,7 +203,7 @@ class FakeCuda:
             synchronize=lambda: None,
             elapsed_time=lambda end: 8.0,
         )
-        monkeypatch.setattr(gpu_lib.Batch, "launch", recorded)
+        monkeypatch.setattr(gpu_lib.Layer, "attend", recorded)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
         monkeypatch.setattr(torch.cuda, "graph", capture)
         for name in ("Stream", "current_stream"):
@@ -183,24 +217,24 @@ class FakeCuda:
 def test_a_graph_that_froze_a_length_is_noticed(
     machine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = load_script("gpu_check")
-    shape = tiny(lens=(70, 50, 20, 40))
-    cuda = FakeCuda(monkeypatch)
-    record = script.check_graph(shape, machine)
-    assert record["ok"], record
-
+    import gpu_cases
     import gpu_lib
 
-    recorded = gpu_lib.Batch.launch
+    case = spec(lens=(70, 50, 20, 40))
+    cuda = FakeCuda(monkeypatch)
+    record = gpu_cases.check_graph(case, machine)
+    assert record["ok"], record
 
-    def frozen(batch: Any, **kwargs: Any) -> None:
+    recorded = gpu_lib.Layer.attend
+
+    def frozen(layer: Any, result: Any, num_splits: int | None = None) -> None:
         """What was on the device at capture is what a replay sees."""
         if cuda.graph is not None:
-            batch = batch.part(0, len(batch.shape.lens))
-        recorded(batch, **kwargs)
+            layer = layer.part(0, len(layer.query))
+        recorded(layer, result, num_splits)
 
-    monkeypatch.setattr(gpu_lib.Batch, "launch", frozen)
-    assert not script.check_graph(shape, machine)["ok"]
+    monkeypatch.setattr(gpu_lib.Layer, "attend", frozen)
+    assert not gpu_cases.check_graph(case, machine)["ok"]
 
 
 def test_times_are_those_of_one_launch(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,63 +253,32 @@ def test_times_are_those_of_one_launch(machine: Any, monkeypatch: pytest.MonkeyP
     assert calls == [1, 1, 0, 1, 2, 3, 0, 1, 2, 3]  # to compile, and to capture
 
 
-def test_what_is_timed_on_a_gpu(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The goals' rows first; all that was asked for; no float8 where it cannot be read."""
-    import gpu_shapes
+def test_what_is_timed_on_a_gpu(machine: Any) -> None:
+    """Long decode rows first; no float8 where it cannot be read."""
+    from gpu_bench import kind_of, timed_shapes
 
-    script = load_script("gpu_check")
-    monkeypatch.setattr(sys, "argv", ["gpu_check"])
-    options = script.parse()
     gpu = dataclasses.replace(machine, device=torch.device("cuda"))
-    shapes = gpu_shapes.timed_decode(options, gpu)
-    assert len(shapes) == len({(s.lens, s.heads, s.cache_dtype) for s in shapes}) == 4 * 19
-    in_goals = [min(s.lens) >= 32768 and len(s.lens) >= 8 for s in shapes]
-    assert in_goals == [True] * 16 + [False] * 60
-    assert {len(s.lens) for s in shapes} == {1, 8, 32}
-    assert {s.lens[0] for s in shapes} == {512, 1024, 4096, 8192, 32768, 131072}
-    assert [len(s.lens) for s in shapes if len(set(s.lens)) > 1] == [32] * 4
+    shapes = timed_shapes([32768, 131072], [8192], gpu, quick=False)
+    assert len(shapes) == len(set(shapes))
+    assert {kind_of(s) for s in shapes} == {"speed", "dense speed", "mixed speed", "prompt speed"}
+    assert shapes[0].lens == (32768,) * 8
+    assert {s.heads for s in shapes} == {4, 8}
+    assert {s.cache_name for s in shapes} == {"bfloat16", "float8_e4m3fn"}
     old = dataclasses.replace(gpu, has_e4m3=False)
-    assert len(gpu_shapes.timed_decode(options, old)) == 2 * 19
+    assert {s.cache_name for s in timed_shapes([32768], [], old, quick=True)} == {"bfloat16"}
     # On a card of 80 GiB the largest fits, with the copy that torch's kernels need.
-    largest = max(shapes, key=gpu_shapes.bytes_needed)
-    assert largest.cache_bytes == 17_179_869_184
-    assert gpu_shapes.bytes_needed(largest) + largest.cache_bytes < 0.6 * 79 * 2**30
+    largest = max(shapes, key=lambda s: s.bytes_needed)
+    assert largest.bytes_needed + largest.cache_bytes < 0.6 * 79 * 2**30
 
 
-def test_tuning_picks_the_fastest_that_runs() -> None:
-    script = load_script("tune_triton")
-    slow, broken, fast = LaunchConfig(32), LaunchConfig(64), LaunchConfig(128)
-    times = {slow: [1.0, 4.0], broken: None, fast: [0.5, 6.0]}
-    winner, mean, first = script.best([slow, broken, fast], times.__getitem__)
-    assert winner is fast
-    assert (mean, first) == (pytest.approx(math.sqrt(3)), 2.0)
-    assert script.best([broken, fast], times.__getitem__)[2] is None
-    with pytest.raises(RuntimeError, match="no configuration runs"):
-        script.best([broken], times.__getitem__)
-    configs = list(script.candidates(128, 64))
-    assert configs[0] == choose_config(head_dim=128, group_size=64, cache_bytes=2)
-    assert {config.tile for config in configs} == {64, 128}
+def test_prompts_and_floors_and_launch_parameters(
+    machine: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Records of other kinds than those of the carried kernel's test."""
+    from gpu_bench import bench_launches
 
-
-def test_tuning_keeps_other_entries(tmp_path: Path) -> None:
-    script, path = load_script("tune_triton"), tmp_path / "tuned.json"
-    script.write("One GPU", {"64/16/2": {"tile": 64}, "128/16/2": {"tile": 64}}, path)
-    script.write("Another", {"128/16/2": {"tile": 32}}, path)
-    script.write("One GPU", {"128/16/2": {"tile": 128}}, path)
-    assert json.loads(path.read_text()) == {
-        "One GPU": {"64/16/2": {"tile": 64}, "128/16/2": {"tile": 128}},
-        "Another": {"128/16/2": {"tile": 32}},
-    }
-
-
-def test_tuning_runs_under_the_interpreter_and_writes_nothing(tmp_path: Path) -> None:
-    before = TUNED_PATH.read_bytes() if TUNED_PATH.exists() else None
-    done = run_bare(tmp_path, "tune_triton", "--head-dim", "64")
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert [key for key in ("64/16/2: ", "64/16/1: ") if key in done.stdout] == [
-        "64/16/2: ",
-        "64/16/1: ",
-    ]
-    assert "WRONG" not in done.stdout
-    assert "Error" not in done.stdout
-    assert before == (TUNED_PATH.read_bytes() if TUNED_PATH.exists() else None)
+    for is_prompt in (False, True):
+        records = bench_launches(shape(is_prompt=is_prompt), 0.01, machine)
+        assert len(records) == 2
+        assert all(record["ok"] for record in records)
+        assert records[0]["config"] != records[1]["config"]

@@ -69,7 +69,7 @@ def test_the_sdist_holds_sources_and_nothing_built(built: Path) -> None:
         "deploy/kubernetes/vllm-toptheta.yaml",
         "scripts/setup",
         "tests/test_release.py",
-        "vllm_toptheta/kernels/native/decode_avx2.cpp",
+        "vllm_toptheta/kernels/cpu/src/decode_avx2.cpp",
         "vllm_toptheta/serving/page.html",
     ):
         assert name in names, name
@@ -87,7 +87,7 @@ def test_the_wheel_holds_everything_that_serving_needs(wheel: Path) -> None:
         entry_points = archive.read(f"{info}/entry_points.txt").decode()
     for name in (
         "vllm_toptheta/py.typed",
-        "vllm_toptheta/kernels/libtoptheta_cpu.so",
+        "vllm_toptheta/kernels/cpu/libtoptheta_cpu.so",
         "vllm_toptheta/serving/page.html",
         f"{info}/licenses/LICENSE",
     ):

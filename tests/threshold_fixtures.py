@@ -2,8 +2,9 @@
 
 import torch
 
+from vllm_toptheta.kernels.layout import UNCALIBRATED_WEIGHTS
 from vllm_toptheta.model_identity import ModelIdentity
-from vllm_toptheta.thresholds import KEEP_ALL, SCHEMA_VERSION, TableMetadata, ThresholdTable
+from vllm_toptheta.thresholds import SCHEMA_VERSION, TableMetadata, ThresholdTable
 
 
 class FakeConfig:
@@ -31,9 +32,7 @@ def make_metadata(identity: ModelIdentity | None = None, **fields: object) -> Ta
         "schema_version": SCHEMA_VERSION,
         "identity": identity,
         "windows": [None] * identity.num_layers,
-        "allocation": "uniform",
-        "group_size": 16,
-        "tac_k": 0,
+        "min_prob": 0.001,
         "corpus": "made up",
         "num_tokens": 1,
         "length": 512,
@@ -45,22 +44,21 @@ def make_metadata(identity: ModelIdentity | None = None, **fields: object) -> Ta
 
 
 def make_table(identity: ModelIdentity | None = None, **tensors: torch.Tensor) -> ThresholdTable:
-    """Levels 16 and 64 of 2 layers and 4 heads; theta(n) = 2 log2(n) - log2(k) + layer + head /
-    10.
+    """A row of n keys keeps exp(-log p) / sqrt(n / 128) of them, at least 1 and at most n: k keys
+    at log p = -log k - log(n / 128) / 2. Knots at 128, 512 and 2048 keys, k from 1 to 256.
     """
     metadata = make_metadata(identity)
-    num_layers, num_heads = metadata.identity.num_layers, metadata.identity.num_heads
-    levels = torch.tensor([16.0, 64.0])
-    lengths = torch.tensor([32.0, 128.0, 512.0])
-    offset = torch.arange(num_layers)[:, None] + torch.arange(num_heads) / 10
-    theta = 2 * lengths.log2() - levels.log2()[:, None, None, None] + offset[..., None]
-    theta = theta.masked_fill(lengths <= levels[:, None, None, None], KEEP_ALL)
+    of_model = metadata.identity
+    lengths = torch.tensor([128.0, 512.0, 2048.0])
+    log_probs = torch.linspace(-20, 0, 81)
+    kept = (-log_probs - (lengths[:, None] / 128).log() / 2).exp()
+    kept = kept.clamp(min=1).minimum(lengths[:, None])
+    weights = torch.tensor(UNCALIBRATED_WEIGHTS)
     values = {
-        "levels": levels,
         "lengths": lengths,
-        "theta": theta,
-        "slope": torch.full((2, num_layers, num_heads), 2.0),
-        "head_k": levels[:, None, None].expand(2, num_layers, num_heads).clone(),
-        "lost_mass": torch.full((2, num_layers, num_heads), 0.1),
+        "log_probs": log_probs,
+        "kept": kept.expand(of_model.num_layers, of_model.num_kv_heads, -1, -1).contiguous(),
+        "weights": weights.expand(of_model.num_layers, of_model.num_heads, -1).contiguous(),
+        "offsets": torch.zeros(of_model.num_layers, of_model.num_kv_heads),
     }
     return ThresholdTable(metadata, **(values | tensors))

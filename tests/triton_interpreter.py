@@ -5,7 +5,9 @@ else imports it. The variable is taken back, because child processes run the rea
 """
 
 import contextlib
+import importlib
 import os
+import pkgutil
 from typing import Any
 
 import pytest
@@ -28,13 +30,10 @@ def load() -> bool:
         # Imported by launches, and checks there that it is interpreted.
         with contextlib.suppress(ImportError):
             import triton.experimental.gluon
-        from vllm_toptheta.kernels import (  # noqa: F401
-            triton_counts,
-            triton_decode,
-            triton_means,
-            triton_prefill,
-            triton_theta,
-        )
+        from vllm_toptheta.kernels import triton as kernels
+
+        for module in pkgutil.iter_modules(kernels.__path__):
+            importlib.import_module(f"{kernels.__name__}.{module.name}")
     finally:
         if before is None:
             os.environ.pop(VARIABLE, None)
@@ -83,10 +82,10 @@ def _skip_repeated_patches(interpreter: Any) -> None:
 
 def _interpreting() -> bool:
     try:
-        from vllm_toptheta.kernels.triton_split import _split_kernel
+        from vllm_toptheta.kernels.triton.means import _update_v_means_kernel
     except ImportError:
         return False
-    return type(_split_kernel).__name__ == "InterpretedFunction"
+    return type(_update_v_means_kernel).__name__ == "InterpretedFunction"
 
 
 needs_interpreter = pytest.mark.skipif(

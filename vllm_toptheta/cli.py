@@ -6,7 +6,9 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +38,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(commands.add_parser("inspect", help="show what a threshold table holds"))
     evaluate = commands.add_parser("evaluate", help="measure what pruning does to a model")
     what = evaluate.add_subparsers(required=True, metavar="WHAT")
-    _add_perplexity(
+    _add_fidelity(
         what.add_parser(
-            "perplexity", help="perplexity and rows read: dense, exact top-k, Top-theta"
+            "fidelity", help="KL divergence from dense and rows read: Top-theta and its rivals"
         )
     )
     _add_engine(
@@ -52,11 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def _add_model(parser: argparse.ArgumentParser, dtype: str = "float32") -> None:
     parser.add_argument("model", metavar="MODEL", help="Hugging Face repository or folder")
-    parser.add_argument(
-        "--dtype", default="float32", help="torch dtype or auto (default: %(default)s)"
-    )
+    parser.add_argument("--dtype", default=dtype, help="torch dtype or auto (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
 
 
@@ -111,15 +111,14 @@ def _add_engines(parser: argparse.ArgumentParser) -> None:
         default=["both"],
         help="rows to prune (default: both)",
     )
+    _add_dial(parser)
     parser.add_argument(
-        "--k", nargs="+", type=float, default=[128], help="target keys per row (default: 128)"
-    )
-    parser.add_argument(
-        "--prefill-k",
+        "--prefill-min-prob",
         nargs="+",
         type=float,
         default=[],
-        help="target keys per prompt row with --phases both (default: as --k)",
+        metavar="P",
+        help="the same of prompt rows with --phases both (default: as for the others)",
     )
     parser.add_argument(
         "--min-kv-len",
@@ -143,31 +142,18 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
         help="text (default: Python's own docs and code)",
     )
     parser.add_argument(
-        "--tokens", type=int, default=65536, help="tokens to read (default: %(default)s)"
+        "--tokens", type=int, default=16384, help="tokens to read (default: %(default)s)"
     )
     parser.add_argument(
         "--length", type=int, default=4096, help="tokens per document (default: %(default)s)"
     )
     parser.add_argument(
+        "--min-prob",
+        type=float,
+        help="attention probability to fit the compensation at (default: the server's)",
+    )
+    parser.add_argument(
         "--out", type=Path, metavar="FILE", help="table to write (default: in the user's store)"
-    )
-    parser.add_argument(
-        "--allocation",
-        choices=("lost_mass", "uniform"),
-        default="lost_mass",
-        help="how k is divided among heads (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--tac-k",
-        type=int,
-        default=0,
-        help="top-k at calibration, 0 for dense (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--group-size",
-        type=int,
-        default=16,
-        help="tokens per compensation group (default: %(default)s)",
     )
     parser.add_argument("--name", help="model name to record, org/model (default: from MODEL)")
     parser.set_defaults(run=_calibrate)
@@ -175,69 +161,72 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("table", type=Path, metavar="TABLE", help="threshold table")
-    parser.add_argument("--k", type=float, default=128, help="k to show (default: %(default)s)")
-    parser.add_argument(
-        "--length",
-        type=int,
-        default=4096,
-        help="row length to show theta at (default: %(default)s)",
-    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_inspect)
 
 
-def _add_perplexity(parser: argparse.ArgumentParser) -> None:
-    _add_model(parser)
+def _add_fidelity(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser, dtype="auto")
     parser.add_argument("--text", nargs="+", type=Path, required=True, metavar="FILE", help="text")
     parser.add_argument(
-        "--length", type=int, default=2048, help="tokens per document (default: %(default)s)"
-    )
-    parser.add_argument("--documents", type=int, default=4, help="documents (default: %(default)s)")
-    parser.add_argument(
-        "--k",
-        nargs="+",
-        type=float,
-        default=[64, 128],
-        help="target keys per row (default: 64 128)",
+        "--length", type=int, default=4096, help="tokens per document (default: %(default)s)"
     )
     parser.add_argument(
-        "--table",
-        nargs="+",
-        default=["auto"],
-        metavar="TABLE",
-        help="tables to compare: auto, name or path (default: auto)",
-    )
-    parser.add_argument(
-        "--min-kv-len", type=int, default=0, help="rows of at most so many keys are dense"
-    )
-    parser.add_argument(
-        "--group-size",
-        nargs="+",
+        "--rows",
         type=int,
-        default=[16],
-        help="tokens per compensation group (default: 16)",
+        default=256,
+        help="last tokens of a document that run pruned (default: %(default)s)",
+    )
+    parser.add_argument("--documents", type=int, default=1, help="documents (default: %(default)s)")
+    _add_dial(parser)
+    parser.add_argument("--min-mass", type=float, help="floor on the kept mass (default: server's)")
+    parser.add_argument(
+        "--thresholds",
+        default="auto",
+        metavar="TABLE",
+        help="auto, none, name or path (default: auto)",
     )
     parser.add_argument(
-        "--compensation",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="compensate the lost mass (default: yes)",
+        "--no-table",
+        action="store_true",
+        help="also every --min-prob as a model runs that nobody calibrated",
+    )
+    parser.add_argument(
+        "--rivals",
+        nargs="*",
+        metavar="NAME:SETTING",
+        help="other rules, such as top_k:64; without names a choice of them",
+    )
+    parser.add_argument(
+        "--min-kv-len", type=int, default=1024, help="rows of at most so many keys are dense"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results as JSON")
-    parser.set_defaults(run=_perplexity)
+    parser.set_defaults(run=_fidelity)
+
+
+def _add_dial(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--min-prob",
+        nargs="+",
+        type=float,
+        default=[],
+        metavar="P",
+        help="attention probabilities below which V rows are not read (default: the server's)",
+    )
+    parser.add_argument(
+        "--k", nargs="+", type=float, default=[], help="target keys per row, by the table"
+    )
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:
     from vllm_toptheta.calibration.calibrate import CalibrationOptions, calibrate_with_progress
     from vllm_toptheta.threshold_store import ThresholdStore
 
-    options = CalibrationOptions(
-        num_tokens=arguments.tokens,
-        length=arguments.length,
-        allocation=arguments.allocation,
-        tac_k=arguments.tac_k,
-        group_size=arguments.group_size,
-    )
+    options = CalibrationOptions(num_tokens=arguments.tokens, length=arguments.length)
+    if arguments.min_prob is not None:
+        options = replace(options, min_prob=arguments.min_prob)
+    if arguments.out:
+        _check_writable(arguments.out)
     table = calibrate_with_progress(
         arguments.model,
         arguments.text,
@@ -246,34 +235,51 @@ def _calibrate(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         device=arguments.device,
     )
-    stem = f"{arguments.length}-{arguments.allocation}"
-    path = arguments.out or ThresholdStore().path_for(table.metadata.identity, stem)
+    metadata = table.metadata
+    path = arguments.out or ThresholdStore().path_for(metadata.identity, str(metadata.length))
     table.save(path)
-    print(f"wrote {path}: k {float(table.levels[0]):g} to {float(table.levels[-1]):g}")
+    print(f"wrote {path}: k {table.min_k:g} to {table.max_k:g}")
     return 0
+
+
+def _check_writable(path: Path) -> None:
+    """Raise ValueError, before anything slow, where a file cannot be written; makes no folders."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder")
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out {path} cannot be written: {error}") from error
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
     from vllm_toptheta.calibration.summary import summarize, to_text
     from vllm_toptheta.thresholds import ThresholdTable
 
-    summary = summarize(ThresholdTable.load(arguments.table), arguments.k, arguments.length)
+    summary = summarize(ThresholdTable.load(arguments.table))
     print(json.dumps(summary, indent=2) if arguments.json else to_text(summary))
     return 0
 
 
-def _perplexity(arguments: argparse.Namespace) -> int:
-    from vllm_toptheta.evaluation.perplexity import HEADINGS, compare_tables
+def _fidelity(arguments: argparse.Namespace) -> int:
+    from vllm_toptheta.evaluation.fidelity import HEADINGS, compare_rules
+    from vllm_toptheta.evaluation.rules import DEFAULT_RIVALS
 
     print(HEADINGS)
-    results = compare_tables(
+    results = compare_rules(
         arguments.model,
         arguments.text,
-        arguments.k,
-        arguments.table,
         length=arguments.length,
+        rows=arguments.rows,
         num_documents=arguments.documents,
-        group_sizes=arguments.group_size if arguments.compensation else [None],
+        min_probs=_min_probs(arguments),
+        ks=arguments.k,
+        min_mass=arguments.min_mass,
+        table=arguments.thresholds,
+        without_table=arguments.no_table,
+        rivals=() if arguments.rivals is None else arguments.rivals or DEFAULT_RIVALS,
         min_kv_len=arguments.min_kv_len,
         dtype=arguments.dtype,
         device=arguments.device,
@@ -281,6 +287,13 @@ def _perplexity(arguments: argparse.Namespace) -> int:
     )
     _write_json(arguments, results)
     return 0
+
+
+def _min_probs(arguments: argparse.Namespace) -> Sequence[float]:
+    from vllm_toptheta.config import TopThetaConfig
+
+    given: list[float] = arguments.min_prob
+    return given or ([] if arguments.k else [TopThetaConfig().min_prob])
 
 
 def _engine(arguments: argparse.Namespace) -> int:
@@ -335,7 +348,13 @@ def _variants(arguments: argparse.Namespace) -> list[Mapping[str, Any]]:
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     from vllm_toptheta.evaluation.engine import variants
 
-    return variants(arguments.phases, arguments.k, arguments.prefill_k, arguments.min_kv_len)
+    return variants(
+        arguments.phases,
+        _min_probs(arguments),
+        arguments.k,
+        arguments.prefill_min_prob,
+        arguments.min_kv_len,
+    )
 
 
 def _doctor(_: argparse.Namespace) -> int:

@@ -3,39 +3,51 @@ object out."""
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 CONFIG_KEY = "toptheta"
-EXAMPLE = """--additional-config '{"toptheta": {"k": 128}}'"""
+EXAMPLE = """--additional-config '{"toptheta": {"min_prob": 0.002}}'"""
+
+_REMOVED = {
+    "prefill_k": "prompts take prefill_min_prob, or the k of all rows",
+    "group_size": "groups of tokens follow --block-size",
+    "layers.k": 'a layer takes min_prob, or "dense": true',
+}
+"""Options of earlier versions, and what stands for them."""
+
+Prob = Annotated[float, Field(gt=0, lt=1)]
+Mass = Annotated[float, Field(ge=0, lt=1)]
+_FromList = BeforeValidator(lambda pair: tuple(pair) if isinstance(pair, list) else pair)
 
 
 class LayerOverride(BaseModel):
     """What one layer does differently.
 
     Attributes:
-        k: mean keys a row keeps in this layer; None takes the global k.
+        min_prob: attention probability below which this layer reads no V row; None takes that of
+            the other layers.
         dense: run the layer without pruning.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    k: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    min_prob: Prob | None = None
     dense: bool = False
 
     @model_validator(mode="after")
     def _one_of_both(self) -> "LayerOverride":
-        if self.dense and self.k is not None:
-            raise ValueError("a dense layer takes no k")
+        if self.dense and self.min_prob is not None:
+            raise ValueError("a dense layer takes no min_prob")
         return self
 
 
@@ -43,14 +55,20 @@ class TopThetaConfig(BaseModel):
     """Options of Top-theta attention.
 
     Attributes:
-        thresholds: "auto" (find a table by model identity), a shipped name, or a path to a table.
-        k: mean keys a row keeps over all layers and heads; within the levels of the table.
+        thresholds: "auto" (find a table by model identity, or do without), "none" (do without), a
+            shipped name, or a path to a table.
+        min_prob: attention probability below which a key's V row is not read.
+        min_mass: share of a row's attention that the kept keys have at least; None becomes 0.5
+            without a table, and no floor with one.
+        k: mean keys that rows keep per kv head, instead of min_prob; needs a table.
         phases: which rows are pruned: generated tokens, prompt tokens, or both.
-        prefill_k: mean keys a prompt row keeps where prompts are pruned; None becomes k.
+        prefill_min_prob: min_prob of prompt rows, where prompts are pruned; None does as for
+            generated tokens.
         min_kv_len: rows that see at most this many keys run dense.
-        compensation: add the lost mass times the mean V of its token group.
-        group_size: tokens per compensation group; divides vLLM's block size.
-        layers: overrides by layer index, for example {"0": {"k": 512}, "7": {"dense": true}}.
+        compensation: give the lost mass to the mean V of its neighbourhood, not to the kept keys.
+        layers: overrides by layer index, for example
+            {"0": {"min_prob": 0.0001}, "7": {"dense": true}}.
+        min_prob_range, min_mass_range: what a request may ask for.
         min_k: smallest k a request may ask for; None allows the table's smallest.
         max_k: largest k a request may ask for; None allows the table's largest.
         allow_off: whether a request may switch pruning off for itself.
@@ -60,24 +78,20 @@ class TopThetaConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     thresholds: str = "auto"
-    k: float = Field(default=128.0, gt=0, allow_inf_nan=False)
+    min_prob: Prob = 0.001
+    min_mass: Mass | None = None
+    k: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     phases: Literal["decode", "prefill", "both"] = "decode"
-    prefill_k: float = Field(default=None, validate_default=True, gt=0, allow_inf_nan=False)
+    prefill_min_prob: Prob | None = None
     min_kv_len: int = Field(default=1024, ge=0)
     compensation: bool = True
-    group_size: Literal[16, 32, 64, 128] = 16
     layers: dict[int, LayerOverride] = Field(default_factory=dict)
+    min_prob_range: Annotated[tuple[Prob, Prob], _FromList] = (1e-6, 0.1)
+    min_mass_range: Annotated[tuple[Mass, Mass], _FromList] = (0.0, 0.95)
     min_k: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     max_k: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     allow_off: bool = True
     telemetry: bool = True
-
-    @field_validator("prefill_k", mode="before")
-    @classmethod
-    def _same_as_k(cls, value: Any, info: ValidationInfo) -> Any:
-        # Here alone, so that nobody after this asks again what None stands for. A wrong k is not
-        # there; its own error is enough.
-        return info.data.get("k", cls.model_fields["k"].default) if value is None else value
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -86,6 +100,22 @@ class TopThetaConfig(BaseModel):
         if not isinstance(value, Mapping):
             return value
         return {int(k) if isinstance(k, str) and k.isdigit() else k: v for k, v in value.items()}
+
+    @field_validator("min_prob_range", "min_mass_range")
+    @classmethod
+    def _ascending(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[0] > value[1]:
+            raise ValueError("the first number must not be above the second")
+        return value
+
+    @model_validator(mode="after")
+    def _one_dial(self) -> "TopThetaConfig":
+        if self.k is not None and "min_prob" in self.model_fields_set:
+            raise ValueError(
+                "options 'k' and 'min_prob' exclude each other: k chooses a min_prob by the length "
+                "of a row"
+            )
+        return self
 
     @classmethod
     def from_additional_config(cls, additional_config: object) -> "TopThetaConfig":
@@ -118,9 +148,15 @@ class TopThetaConfig(BaseModel):
 
 
 def _explain(item: Any) -> str:
-    name = ".".join(str(part) for part in item["loc"])
+    place = [str(part) for part in item["loc"]]
+    name, message = ".".join(place), item["msg"].removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
-        fields = (TopThetaConfig if len(item["loc"]) == 1 else LayerOverride).model_fields
-        near = difflib.get_close_matches(str(item["loc"][-1]), fields, n=1)
+        removed = _REMOVED.get(".".join((place[0], *place[2:])))
+        if removed:
+            return f"option {name!r} is gone: {removed}"
+        fields = (TopThetaConfig if len(place) == 1 else LayerOverride).model_fields
+        near = difflib.get_close_matches(place[-1], fields, n=1)
         return f"unknown option {name!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
-    return f"option {name!r}: {item['msg']}, got {item['input']!r}"
+    if not place:  # about options that do not go together
+        return str(message)
+    return f"option {name!r}: {message}, got {item['input']!r}"

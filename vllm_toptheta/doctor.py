@@ -88,12 +88,14 @@ def check_backend() -> Finding:
 
 def check_kernel() -> Finding:
     """The native CPU kernel loads."""
-    from vllm_toptheta.kernels.api import available_impl
+    from vllm_toptheta.kernels.ops import available_target
 
-    impl, why_not_native = available_impl()
+    target, why_not_native = available_target()
     if why_not_native:
-        return Finding("warn", f"CPU kernel: {impl} path, slower than stock vLLM: {why_not_native}")
-    return Finding("ok", f"CPU kernel: {impl}")
+        return Finding(
+            "warn", f"CPU kernel: {target} path, slower than stock vLLM: {why_not_native}"
+        )
+    return Finding("ok", f"CPU kernel: {target}")
 
 
 def check_threads() -> Finding:
@@ -114,7 +116,11 @@ def check_tables() -> Finding:
 
     tables = ThresholdStore().tables()
     if not tables:
-        return Finding("warn", "no threshold tables: make one with `toptheta calibrate MODEL`")
+        return Finding(
+            "warn",
+            "no threshold tables, so models run with defaults that were not fitted to them: make "
+            "one with `toptheta calibrate MODEL`",
+        )
     return Finding("ok", "threshold tables: " + ", ".join(str(path) for path in tables))
 
 

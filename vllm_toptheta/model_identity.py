@@ -2,7 +2,7 @@
 
 The identity is a hash over the fields of a transformers config that change attention scores. It is
 the same for the config that `AutoConfig` loads and for vLLM's `model_config.hf_text_config`, and
-does not depend on the path or dtype.
+does not depend on the path or dtype, nor on whether the output head shares the embedding.
 """
 
 import hashlib
@@ -25,7 +25,6 @@ _FIELDS = (
     "attn_logit_softcapping",
     "final_logit_softcapping",
     "query_pre_attn_scalar",
-    "tie_word_embeddings",
     "sliding_window",
     "use_sliding_window",
     "attention_chunk_size",

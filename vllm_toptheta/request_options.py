@@ -8,13 +8,16 @@ import difflib
 import math
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 PREFIX = "toptheta"
-EXAMPLE = '"vllm_xargs": {"toptheta_k": 128}'
+EXAMPLE = '"vllm_xargs": {"toptheta_min_prob": 0.002}'
+NUMBERS = ("min_prob", "min_mass", "k")
+"""Fields of a request's options that are numbers."""
+
 _SALT_PREFIX = "toptheta:"
 _MAX_SHOWN = 3
 _SHOWN = reprlib.Repr()
@@ -25,22 +28,40 @@ class RequestOptions(BaseModel):
     """Options of one request.
 
     Attributes:
-        k: mean keys a row keeps; None takes the server's.
+        min_prob: attention probability below which a key's V row is not read; None takes the
+            server's.
+        min_mass: share of a row's attention that is kept at least; None takes the server's.
+        k: mean keys that rows keep per kv head, instead of min_prob; None takes the server's.
         pruning: False runs every row of the request without.
         layers: show counts per layer in the response.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
+    min_prob: float | None = Field(default=None, alias="toptheta_min_prob")
+    min_mass: float | None = Field(default=None, alias="toptheta_min_mass")
     k: float | None = Field(default=None, alias="toptheta_k")
     pruning: bool = Field(default=True, alias="toptheta")
     layers: bool = Field(default=False, alias="toptheta_layers")
 
+    @field_validator("min_prob", mode="before")
+    @classmethod
+    def _probability(cls, value: Any) -> Any:
+        if value is not None and not (_is_number(value) and 0 < value < 1):
+            raise ValueError("must be a number between 0 and 1, as 0.001")
+        return value
+
+    @field_validator("min_mass", mode="before")
+    @classmethod
+    def _share(cls, value: Any) -> Any:
+        if value is not None and not (_is_number(value) and 0 <= value < 1):
+            raise ValueError("must be a number from 0 to below 1, as 0.5")
+        return value
+
     @field_validator("k", mode="before")
     @classmethod
     def _positive(cls, value: Any) -> Any:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if value is not None and not (number and 0 < value < math.inf):
+        if value is not None and not (_is_number(value) and 0 < value < math.inf):
             raise ValueError("must be a positive number")
         return value
 
@@ -67,9 +88,20 @@ class RequestOptions(BaseModel):
         return not self.pruning
 
     @property
+    def asked(self) -> dict[str, float]:
+        """The numbers that the request names, by field."""
+        numbers = {name: getattr(self, name) for name in NUMBERS}
+        return {name: number for name, number in numbers.items() if number is not None}
+
+    @property
     def setting(self) -> str:
-        """The class of the request: default, k or off."""
-        return "off" if self.off else "default" if self.k is None else "k"
+        """The class of the request: default, k, min_prob (also where it names min_mass alone) or
+        off."""
+        if self.off:
+            return "off"
+        if not self.asked:
+            return "default"
+        return "min_prob" if self.k is None else "k"
 
     @classmethod
     def parse(cls, xargs: object) -> "RequestOptions":
@@ -100,10 +132,16 @@ class RequestOptions(BaseModel):
             raise ValueError(
                 f"{'; '.join(problems)}. Options are {', '.join(_names())}; for example {EXAMPLE}"
             )
-        if options.off and options.k is not None:
+        named = [f"toptheta_{name}" for name in options.asked]
+        if options.off and named:
             raise ValueError(
-                'toptheta_k has no meaning with "toptheta": "off": send one of both; '
+                f'{" and ".join(named)} have no meaning with "toptheta": "off": send one of both; '
                 f"for example {EXAMPLE}"
+            )
+        if options.k is not None and options.min_prob is not None:
+            raise ValueError(
+                "toptheta_k and toptheta_min_prob exclude each other: k chooses a min_prob by the "
+                f"length of a row. Send one of both; for example {EXAMPLE}"
             )
         return options
 
@@ -112,26 +150,46 @@ _DEFAULT = RequestOptions()
 
 
 @dataclass(frozen=True)
-class TargetK:
-    """Mean keys a row is to keep, by phase; None where the rows of a phase run dense.
+class Target:
+    """What rows run with.
 
     Attributes:
-        decode: of generated tokens.
-        prefill: of prompt tokens.
+        min_prob: attention probability below which a key's V row is not read; None where k rules.
+        min_mass: share of a row's attention that is kept at least; 0 for no floor.
+        k: mean keys that rows keep per kv head; None where min_prob rules.
     """
 
-    decode: float | None
-    prefill: float | None
+    min_prob: float | None
+    min_mass: float = 0.0
+    k: float | None = None
 
-    def of(self, options: RequestOptions) -> "TargetK":
-        """What a request gets from a server with these: its own k wherever the server prunes."""
+    def of(self, options: RequestOptions) -> "Target":
+        """The same with what a request asks for instead."""
+        min_mass = self.min_mass if options.min_mass is None else options.min_mass
+        if options.min_prob is None and options.k is None:
+            return Target(self.min_prob, min_mass, self.k)
+        return Target(options.min_prob, min_mass, options.k)
 
-        def choose(ours: float | None) -> float | None:
-            if ours is None or options.off:
-                return None
-            return ours if options.k is None else options.k
 
-        return TargetK(choose(self.decode), choose(self.prefill))
+@dataclass(frozen=True)
+class Targets:
+    """What rows run with, by phase; None where the rows of a phase run dense.
+
+    Attributes:
+        decode: generated tokens.
+        prefill: prompt tokens. They know no floor.
+    """
+
+    decode: Target | None
+    prefill: Target | None
+
+    def of(self, options: RequestOptions) -> "Targets":
+        """What a request gets from a server with these: its own numbers wherever the server
+        prunes."""
+        if options.off:
+            return Targets(None, None)
+        prefill = self.prefill and replace(self.prefill.of(options), min_mass=0.0)
+        return Targets(self.decode and self.decode.of(options), prefill)
 
 
 @dataclass(frozen=True)
@@ -139,40 +197,49 @@ class RequestPolicy:
     """What the server allows its clients.
 
     Attributes:
-        server: what rows keep where their request does not say.
-        min_k, max_k: smallest and largest k, both within the threshold table.
+        server: what rows run with where their request does not say.
+        ranges: smallest and largest number of a request, for "min_prob", "min_mass" and, where
+            there is a table, "k".
         allow_off: whether a request may run without pruning.
     """
 
-    server: TargetK
-    min_k: float
-    max_k: float
+    server: Targets
+    ranges: Mapping[str, tuple[float, float]]
     allow_off: bool
 
     def check(self, xargs: object) -> RequestOptions:
         """Parse a request's options and hold them against the policy.
 
         Returns:
-            The options; their k is None where the server does the same without it.
+            The options; numbers are None where the server does the same without them.
 
         Raises:
             ValueError: what is wrong, what is allowed.
         """
         options = RequestOptions.parse(xargs)
         if options.off and not self.allow_off:
+            low, high = self.ranges["min_prob"]
             raise ValueError(
                 'this server does not allow "toptheta": "off" (its option allow_off is false); '
-                f"send toptheta_k between {self.min_k:g} and {self.max_k:g} instead"
+                f"send toptheta_min_prob between {low:g} and {high:g} instead"
             )
-        if options.k is None:
-            return options
-        if self.server.of(options) == self.server:
-            return options.model_copy(update={"k": None})
-        if not self.min_k <= options.k <= self.max_k:
-            raise ValueError(
-                f"toptheta_k = {options.k:g} is outside what this server allows: "
-                f"send a k between {self.min_k:g} and {self.max_k:g}"
-            )
+        for name in options.asked:
+            without = options.model_copy(update={name: None})
+            if self.server.of(without) == self.server.of(options):
+                options = without
+        for name, number in options.asked.items():
+            if name not in self.ranges:
+                low, high = self.ranges["min_prob"]
+                raise ValueError(
+                    f"this server has no threshold table, which toptheta_{name} needs: send "
+                    f"toptheta_min_prob between {low:g} and {high:g}"
+                )
+            low, high = self.ranges[name]
+            if not low <= number <= high:
+                raise ValueError(
+                    f"toptheta_{name} = {number:g} is outside what this server allows: "
+                    f"send a {name} between {low:g} and {high:g}"
+                )
         return options
 
 
@@ -182,13 +249,18 @@ def cache_salt(options: RequestOptions, salt: str | None) -> str | None:
     Blocks of pruned rows depend on what was pruned, and vLLM's block hashes do not know.
 
     Args:
-        options: checked by `RequestPolicy.check`, so that a k that changes nothing is None.
+        options: checked by `RequestPolicy.check`, so that numbers that change nothing are None.
         salt: the user's own salt.
     """
     if options.setting == "default" and not (salt or "").startswith(_SALT_PREFIX):
         return salt
-    setting = "off" if options.off else "default" if options.k is None else repr(options.k)
+    numbers = ",".join(f"{name}={float(number)!r}" for name, number in options.asked.items())
+    setting = "off" if options.off else numbers or "default"
     return f"{_SALT_PREFIX}{setting}:{salt or ''}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _names() -> list[str]:

@@ -1,30 +1,30 @@
-"""Threshold tables: a calibrated file in, theta for any k and row length out.
+"""Calibrated tables: a file in, thresholds for k keys and the weights of the compensation out.
 
 A file is safetensors whose header carries the provenance as JSON. Loading validates everything and
 executes nothing.
 """
 
+import json
 import math
 import os
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
 import torch
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from vllm_toptheta.kernels.layout import NUM_WEIGHTS
 from vllm_toptheta.model_identity import ModelIdentity
 
-SCHEMA_VERSION = 1
-KEEP_ALL = -1e30
-"""Theta that every score reaches; finite, so that tables hold finite numbers only."""
+SCHEMA_VERSION = 2
 
 _HEADER_KEY = "toptheta"
-_TENSOR_NAMES = ("levels", "lengths", "theta", "slope", "head_k", "lost_mass")
+_TENSOR_NAMES = ("lengths", "log_probs", "kept", "weights", "offsets")
 
 
 class TableMetadata(BaseModel):
@@ -34,10 +34,8 @@ class TableMetadata(BaseModel):
         schema_version: layout of the file.
         identity: the model it was calibrated on.
         windows: per layer, keys a row sees at most; None where it sees all.
-        allocation: how a level's k is divided among heads: by lost mass, or the same for all.
-        group_size: tokens per compensation group during calibration and in the lost mass's
-            evaluation.
-        tac_k: k of the attention the layers saw during calibration; 0 for dense.
+        min_prob: the attention probability below which keys were dropped when the weights were
+            fitted.
         corpus: description of the calibration text.
         num_tokens: tokens calibrated on.
         length: tokens per calibration document.
@@ -51,9 +49,7 @@ class TableMetadata(BaseModel):
     schema_version: int
     identity: ModelIdentity
     windows: list[PositiveInt | None]
-    allocation: Literal["lost_mass", "uniform"]
-    group_size: PositiveInt
-    tac_k: int
+    min_prob: Annotated[float, Field(gt=0, lt=1)]
     corpus: str
     num_tokens: PositiveInt
     length: PositiveInt
@@ -63,143 +59,144 @@ class TableMetadata(BaseModel):
 
 
 @dataclass(frozen=True)
-class LevelThresholds:
-    """Thresholds of one k.
-
-    Attributes:
-        k: mean number of keys a head keeps per row.
-        lengths: [num_knots] float32, row lengths theta is known at, ascending.
-        theta: [num_layers, num_heads, num_knots] float32, units of q.k * sm_scale.
-        slope: [num_layers, num_heads] float32, change of theta per doubling of the length past the
-            last knot.
-        head_k: [num_layers, num_heads] float32, keys the head may keep; a row no longer than that
-            keeps all.
-    """
-
-    k: float
-    lengths: Tensor
-    theta: Tensor
-    slope: Tensor
-    head_k: Tensor
-
-    def lookup(self, lengths: Tensor) -> Tensor:
-        """Theta of rows of given lengths, for all layers at once.
-
-        Linear in log2(length) between knots, along `slope` past the last, the first knot's theta
-        before the first.
-
-        Args:
-            lengths: [num_seqs] integer, keys the row sees.
-
-        Returns:
-            [num_layers, num_seqs, num_heads] float32, on the table's device.
-        """
-        position = lengths.to(self.lengths).clamp(min=1).log2()
-        knots = self.lengths.log2()
-        upper = torch.searchsorted(knots, position).clamp(1, knots.numel() - 1)
-        lower_position, upper_position = knots[upper - 1], knots[upper]
-        weight = (position - lower_position) / (upper_position - lower_position)
-        theta = torch.lerp(self.theta[..., upper - 1], self.theta[..., upper], weight.clamp(0, 1))
-        theta = theta + self.slope[..., None] * (position - knots[-1]).clamp(min=0)
-        return theta.transpose(1, 2).contiguous()
-
-    def to(self, device: torch.device | str) -> "LevelThresholds":
-        """The same thresholds on another device."""
-        return LevelThresholds(
-            self.k,
-            self.lengths.to(device),
-            self.theta.to(device),
-            self.slope.to(device),
-            self.head_k.to(device),
-        )
-
-
-@dataclass(frozen=True)
 class ThresholdTable:
-    """Calibrated thresholds of one model for every k.
+    """What calibration measured on one model.
 
     Attributes:
         metadata: provenance.
-        levels: [num_levels] float32, mean k of each level, ascending.
         lengths: [num_knots] float32, row lengths, ascending.
-        theta: [num_levels, num_layers, num_heads, num_knots] float32, units of q.k * sm_scale.
-        slope: [num_levels, num_layers, num_heads] float32, theta per doubling of the length past
-            the last knot.
-        head_k: [num_levels, num_layers, num_heads] float32, budget of the head; its mean is the
-            level.
-        lost_mass: [num_levels, num_layers, num_heads] float32, mean probability mass of the keys
-            not kept.
+        log_probs: [num_bins] float32, natural logarithms of attention probabilities, ascending, the
+            last at most 0.
+        kept: [num_layers, num_kv_heads, num_knots, num_bins] float32, mean number of keys that a
+            row of that length keeps at that threshold, those that are always kept included.
+        weights: [num_layers, num_heads, NUM_WEIGHTS] float32, of the compensation; the first two
+            sum to 1.
+        offsets: [num_layers, num_kv_heads] float32, added to the logarithm of a row's threshold.
+        mean_kept: [num_knots, num_bins] float32, `kept` with the offsets, averaged over layers and
+            kv heads of the whole model; computed unless given.
     """
 
     metadata: TableMetadata
-    levels: Tensor
     lengths: Tensor
-    theta: Tensor
-    slope: Tensor
-    head_k: Tensor
-    lost_mass: Tensor
+    log_probs: Tensor
+    kept: Tensor
+    weights: Tensor
+    offsets: Tensor
+    mean_kept: Tensor = field(default=None, repr=False)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         _validate(self)
+        if self.mean_kept is None:
+            object.__setattr__(self, "mean_kept", self.kept_at(self.log_probs).mean((0, 1)))
 
     @property
     def num_layers(self) -> int:
-        return self.theta.shape[1]
+        return self.weights.shape[0]
 
     @property
     def num_heads(self) -> int:
-        return self.theta.shape[2]
+        """Query heads."""
+        return self.weights.shape[1]
 
     @property
-    def mean_lost_mass(self) -> Tensor:
-        """[num_levels] float32, lost mass averaged over layers and heads."""
-        return self.lost_mass.mean((1, 2))
+    def num_kv_heads(self) -> int:
+        return self.offsets.shape[1]
 
-    def at_k(self, k: float) -> LevelThresholds:
-        """Thresholds at which heads keep k keys per row on average, interpolated in log2(k).
+    @property
+    def min_k(self) -> float:
+        """The smallest k that a threshold can meet: what the longest rows keep at any."""
+        return float(math.ceil(float(self.mean_kept[-1, -1])))
+
+    @property
+    def max_k(self) -> float:
+        """The largest k: half of what rows of the second longest length can keep, so that the last
+        slope is measured."""
+        return float(math.floor(float(self.mean_kept[-2, 0]) / 2))
+
+    def kept_at(self, log_min_probs: Tensor) -> Tensor:
+        """Mean number of keys that rows keep at thresholds, interpolated in log k.
+
+        Args:
+            log_min_probs: [n] float32, natural logarithms, without the offsets.
+
+        Returns:
+            [num_layers, num_kv_heads, num_knots, n] float32.
+        """
+        at = log_min_probs.double() + self.offsets.double()[..., None, None]
+        kept = _interpolate(self.log_probs.double(), self.kept.double().log(), at)
+        return kept.exp().float()
+
+    def curve_at_k(self, k: float) -> Tensor:
+        """Thresholds at which rows keep k keys per kv head, averaged over layers and kv heads.
+
+        Interpolated in log k. Rows that have no k keys keep what the lowest threshold keeps.
+
+        Args:
+            k: mean number of keys.
+
+        Returns:
+            [num_knots] float32, log p without the offsets, which are to be added; `lookup` reads
+            other lengths from it.
 
         Raises:
-            ValueError: k lies outside the calibrated levels.
+            ValueError: k lies outside [min_k, max_k].
         """
-        lowest, highest = float(self.levels[0]), float(self.levels[-1])
-        if not lowest <= k <= highest:
+        if not self.min_k <= k <= self.max_k:
             raise ValueError(
-                f"k = {k:g} is outside the table's range [{lowest:g}, {highest:g}] of "
+                f"k = {k:g} is outside the table's range [{self.min_k:g}, {self.max_k:g}] of "
                 f"{self.metadata.identity.name or 'the model'}; choose a k inside it, or calibrate "
                 "on longer documents (toptheta calibrate MODEL --length N)"
             )
-        upper = int(torch.searchsorted(self.levels, float(k)))
-        if float(self.levels[upper]) == k:
-            theta, slope, head_k = self.theta[upper], self.slope[upper], self.head_k[upper]
-        else:
-            lower = upper - 1
-            below, above = math.log2(self.levels[lower]), math.log2(self.levels[upper])
-            weight = (math.log2(k) - below) / (above - below)
-            theta = torch.lerp(self.theta[lower], self.theta[upper], weight)
-            slope = torch.lerp(self.slope[lower], self.slope[upper], weight)
-            head_k = torch.lerp(self.head_k[lower].log2(), self.head_k[upper].log2(), weight).exp2()
-        return LevelThresholds(float(k), self.lengths, theta, slope, head_k)
+        counts = self.mean_kept.double().log().flip(-1)
+        position = self.log_probs.double().flip(0)
+        upper = torch.searchsorted(counts, counts.new_full((len(counts), 1), math.log(k)))
+        upper = upper.clamp(1, position.numel() - 1)
+        below, above = counts.gather(-1, upper - 1), counts.gather(-1, upper)
+        part = ((math.log(k) - below) / (above - below).clamp(min=1e-12)).clamp(0, 1)
+        return torch.lerp(position[upper - 1], position[upper], part)[:, 0].float()
+
+    def lookup(self, curve: Tensor, lengths: Tensor) -> Tensor:
+        """A curve's values at row lengths.
+
+        Linear in log2(length) between knots, along the last slope past the last knot but never
+        above 0, the first knot's value before the first.
+
+        Args:
+            curve: [num_knots] float32, from `curve_at_k`; or [num_rows, num_knots], one for each
+                row.
+            lengths: integer, keys the row sees: any shape, with several curves [num_rows, n].
+
+        Returns:
+            float32, the shape of `lengths`.
+        """
+        knots = self.lengths.log2()
+        position = lengths.to(self.lengths).clamp(min=1).log2()
+        inside = _interpolate(knots, curve, position)
+        slope = (curve[..., -1:] - curve[..., -2:-1]) / (knots[-1] - knots[-2])
+        return (inside + slope * (position - knots[-1]).clamp(min=0)).clamp(max=0)
 
     def slice_heads(self, start: int, stop: int) -> "ThresholdTable":
         """The table of a tensor-parallel rank that owns query heads start to stop - 1.
 
-        The metadata still describe the whole model, and a level's k is still the mean over all of
-        its heads.
+        The metadata still describe the whole model, and k is still a mean over all of its heads.
 
         Raises:
-            ValueError: the range is empty or outside the heads.
+            ValueError: the range is empty or outside the heads, or holds several kv heads of which
+                one only in part.
         """
         if not 0 <= start < stop <= self.num_heads:
             raise ValueError(
                 f"heads {start}:{stop} are not a range within the table's {self.num_heads} heads"
             )
-        heads = slice(start, stop)
+        group = self.num_heads // self.num_kv_heads
+        kv_heads = slice(start // group, (stop - 1) // group + 1)
+        if kv_heads.stop - kv_heads.start > 1 and (start % group or stop % group):
+            raise ValueError(f"heads {start}:{stop} cut a kv head of {group} query heads in parts")
         return replace(
             self,
-            theta=self.theta[:, :, heads].contiguous(),
-            slope=self.slope[:, :, heads].contiguous(),
-            head_k=self.head_k[:, :, heads].contiguous(),
-            lost_mass=self.lost_mass[:, :, heads].contiguous(),
+            kept=self.kept[:, kv_heads].contiguous(),
+            weights=self.weights[:, start:stop].contiguous(),
+            offsets=self.offsets[:, kv_heads].contiguous(),
         )
 
     def check_model(self, identity: ModelIdentity, source: str = "table") -> None:
@@ -277,20 +274,49 @@ def read_metadata(path: Path) -> TableMetadata:
     if _HEADER_KEY not in header:
         raise ValueError(f"threshold table {path}: a safetensors file, but not one of toptheta's")
     try:
-        metadata = TableMetadata.model_validate_json(header[_HEADER_KEY])
+        stored = json.loads(header[_HEADER_KEY])
+    except ValueError as error:
+        raise ValueError(f"threshold table {path}: its header is not JSON ({error})") from error
+    version = stored.get("schema_version") if isinstance(stored, dict) else None
+    if version != SCHEMA_VERSION:
+        raise ValueError(
+            f"threshold table {path}: schema {version}, expected {SCHEMA_VERSION}; "
+            f"calibrate again: toptheta calibrate {_stored_name(stored)}"
+        )
+    try:
+        return TableMetadata.model_validate(stored)
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "header"
+        name = ".".join(str(part) for part in first["loc"])
         raise ValueError(
-            f"threshold table {path}: metadata field {field!r}: {first['msg']} "
-            f"(schema {SCHEMA_VERSION} expected; calibrate again with this version)"
+            f"threshold table {path}: metadata field {name!r}: {first['msg']}; "
+            f"calibrate again: toptheta calibrate {_stored_name(stored)}"
         ) from error
-    if metadata.schema_version != SCHEMA_VERSION:
-        raise ValueError(
-            f"threshold table {path}: schema version {metadata.schema_version}, "
-            f"expected {SCHEMA_VERSION}; calibrate again with this version"
-        )
-    return metadata
+
+
+def _stored_name(stored: object) -> str:
+    """The model's name in a header that may hold anything."""
+    identity = stored.get("identity") if isinstance(stored, dict) else None
+    name = identity.get("name") if isinstance(identity, dict) else None
+    return name if isinstance(name, str) and name.isprintable() and name else "MODEL"
+
+
+def _interpolate(knots: Tensor, values: Tensor, at: Tensor) -> Tensor:
+    """Piecewise linear, constant past the ends.
+
+    Args:
+        knots: [num_knots], ascending.
+        values: [..., num_knots], of leading dimensions that broadcast with those of `at`, or
+            [num_knots] for any `at`.
+        at: [..., num_points].
+    """
+    upper = torch.searchsorted(knots, at.contiguous()).clamp(1, knots.numel() - 1)
+    left, right = knots[upper - 1], knots[upper]
+    weight = ((at - left) / (right - left)).clamp(0, 1)
+    if values.dim() == 1:
+        return torch.lerp(values[upper - 1], values[upper], weight)
+    upper, weight = (x.expand(*values.shape[:-1], x.shape[-1]) for x in (upper, weight))
+    return torch.lerp(values.gather(-1, upper - 1), values.gather(-1, upper), weight)
 
 
 def _validate(table: ThresholdTable) -> None:
@@ -298,56 +324,45 @@ def _validate(table: ThresholdTable) -> None:
     _validate_shapes(table)
     for name in _TENSOR_NAMES:
         if not torch.isfinite(getattr(table, name)).all():
-            raise ValueError(f"{name} holds numbers that are not finite")
-    for name in ("levels", "lengths"):
-        axis = getattr(table, name)
-        if axis[0] <= 0 or (axis.diff() <= 0).any():
-            raise ValueError(f"{name} are not positive and ascending: {axis.tolist()}")
-    if (table.theta.diff(dim=0) > 0).any():
-        raise ValueError("theta grows with k; it must not, as a larger k keeps more keys")
-    if (table.head_k <= 0).any() or (table.head_k.diff(dim=0) < 0).any():
-        raise ValueError("head_k is not positive and growing with the level")
-    if table.num_heads == table.metadata.identity.num_heads:
-        mean = table.head_k.mean((1, 2))
-        worst = int(((mean / table.levels) - 1).abs().argmax())
-        if not 0.95 <= float(mean[worst] / table.levels[worst]) <= 1.05:
-            raise ValueError(
-                f"head_k of level {float(table.levels[worst]):g} averages "
-                f"{float(mean[worst]):.1f}, expected the level itself"
-            )
-    if (table.lost_mass < 0).any() or (table.lost_mass > 1).any():
-        raise ValueError("lost_mass is not within [0, 1]")
+            raise ValueError(f"{name} hold numbers that are not finite")
+    if table.lengths[0] <= 0 or (table.lengths.diff() <= 0).any():
+        raise ValueError(f"lengths are not positive and ascending: {table.lengths.tolist()}")
+    if table.log_probs[-1] > 0 or (table.log_probs.diff() <= 0).any():
+        raise ValueError(f"log_probs are not ascending up to 0: {table.log_probs.tolist()}")
+    if (table.kept < 1).any():
+        raise ValueError("kept is below 1; a row keeps at least its best key")
+    if (table.kept.diff(dim=-1) > 0).any():
+        raise ValueError("kept grows with the threshold; a higher one must not keep more keys")
+    if ((table.weights[..., :2].sum(-1) - 1).abs() > 1e-3).any():
+        raise ValueError(
+            "the first two weights of a head do not sum to 1; rows that lose nothing would not get "
+            "their dense output"
+        )
 
 
 def _validate_shapes(table: ThresholdTable) -> None:
     identity = table.metadata.identity
     for name in _TENSOR_NAMES:
         if (dtype := getattr(table, name).dtype) != torch.float32:
-            raise ValueError(f"{name} is {dtype}, expected torch.float32")
-    if table.levels.dim() != 1 or table.levels.numel() < 1:
-        raise ValueError(
-            f"levels have shape {list(table.levels.shape)}, expected [num_levels >= 1]"
-        )
-    if table.lengths.dim() != 1 or table.lengths.numel() < 2:
-        raise ValueError(
-            f"lengths have shape {list(table.lengths.shape)}, expected [num_knots >= 2]"
-        )
+            raise ValueError(f"{name} are {dtype}, expected torch.float32")
+    for name in ("lengths", "log_probs"):
+        axis = getattr(table, name)
+        if axis.dim() != 1 or axis.numel() < 2:
+            raise ValueError(f"{name} have shape {list(axis.shape)}, expected [2 or more]")
     # A tensor-parallel rank's slice holds fewer heads than the model, a file never does.
-    num_heads = table.theta.shape[2] if table.theta.dim() == 4 else identity.num_heads
-    if not 1 <= num_heads <= identity.num_heads:
-        raise ValueError(f"theta has {num_heads} heads, the model {identity.num_heads}")
-    per_head = [table.levels.numel(), identity.num_layers, num_heads]
+    heads = {"weights": identity.num_heads, "offsets": identity.num_kv_heads}
+    for name, most in heads.items():
+        tensor = getattr(table, name)
+        if table.mean_kept is not None and tensor.dim() > 1 and 1 <= tensor.shape[1] <= most:
+            heads[name] = tensor.shape[1]
     expected = {
-        "theta": [*per_head, table.lengths.numel()],
-        "slope": per_head,
-        "head_k": per_head,
-        "lost_mass": per_head,
+        "kept": [heads["offsets"], table.lengths.numel(), table.log_probs.numel()],
+        "weights": [heads["weights"], NUM_WEIGHTS],
+        "offsets": [heads["offsets"]],
     }
     for name, shape in expected.items():
-        if list(getattr(table, name).shape) != shape:
-            raise ValueError(
-                f"{name} has shape {list(getattr(table, name).shape)}, expected {shape}"
-            )
+        if (got := list(getattr(table, name).shape)) != (shape := [identity.num_layers, *shape]):
+            raise ValueError(f"{name} have shape {got}, expected {shape}")
     if len(table.metadata.windows) != identity.num_layers:
         raise ValueError(
             f"windows name {len(table.metadata.windows)} layers, "

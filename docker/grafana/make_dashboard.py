@@ -73,8 +73,9 @@ def drift_map() -> Builder:
         panel(
             statushistory.Panel(),
             "Drift by layer",
-            "Kept keys over the keys they were meant to keep, per layer. Green is as calibrated; "
-            "red is slower than planned, blue may cost quality.",
+            "Kept keys of rows under a k over the keys they were meant to keep, per layer. Green "
+            "is as calibrated; red is slower than planned, blue may cost quality. Empty where no "
+            "k rules.",
             24,
             14,
         )
@@ -114,20 +115,28 @@ def share(part: str, whole: str) -> str:
     return f"{total(part)} / ({total(whole)} > 0)"
 
 
+def mean(metric: str) -> str:
+    """Mean of a histogram over everything that is selected."""
+    added, seen = (
+        f"sum(rate(vllm_toptheta_{metric}_{part}{{SELECT}}RATE))" for part in ("sum", "count")
+    )
+    return f"{added} / ({seen} > 0)"
+
+
 def top_theta_row() -> list[Builder]:
     """What is pruned."""
     return [
         number(
-            "Kept keys",
-            "Of all keys that decode rows saw.",
-            "percentunit",
-            query(share("keys_kept", "keys_scored")),
-        ),
-        number(
             "V rows not read",
-            "Against dense attention.",
+            "What it saves, against dense attention.",
             "percentunit",
             query("1 - " + share("v_rows_read", "v_rows_scored")),
+        ),
+        number(
+            "Kept mass",
+            "What it costs: the share of their attention that rows keep, a mean over sequences.",
+            "percentunit",
+            query(mean("kept_mass")),
         ),
         number(
             "V rows saved per second",
@@ -136,10 +145,10 @@ def top_theta_row() -> list[Builder]:
             query(f"{total('v_rows_scored')} - {total('v_rows_read')}"),
         ),
         number(
-            "Kept over target",
-            "Over all layers; 1 is as calibrated.",
-            "none",
-            query("avg(vllm_toptheta_layer_target_ratio{SELECT})"),
+            "Rows lifted",
+            "Decode rows whose threshold was lowered until they kept min_mass.",
+            "percentunit",
+            query(share("rows_lifted", "rows")),
         ),
         number(
             "Telemetry errors",
@@ -148,17 +157,22 @@ def top_theta_row() -> list[Builder]:
             query("sum(increase(vllm_toptheta_telemetry_errors_total{SELECT}[1h]))"),
         ),
         number(
-            "Default k",
-            "Keys a row is meant to keep, unless the request asks for another k.",
+            "Setting",
+            "min_prob, min_mass and k of decode rows, unless the request asks for another.",
             "none",
-            query("max by (k) (vllm_toptheta_info{SELECT})", "{{k}}"),
+            query(
+                "max by (min_prob, min_mass, k) (vllm_toptheta_info{SELECT})",
+                "{{min_prob}} / {{min_mass}} / {{k}}",
+            ),
         ).text_mode(common.BigValueTextMode.NAME),
         graph(
-            "Kept keys and V rows saved",
-            "Over five minutes, by server.",
+            "V rows saved and kept mass",
+            "V rows over five minutes, kept mass over an hour, by server; the alert is at a kept "
+            "mass of 0.5.",
             "percentunit",
-            query("toptheta:kept_fraction:ratio_rate5m{SELECT}", "kept, {{instance}} {{engine}}"),
             query("toptheta:v_rows_saved:ratio_rate5m{SELECT}", "V saved, {{instance}} {{engine}}"),
+            query("toptheta:kept_mass:mean_increase1h{SELECT}", "mass, {{instance}} {{engine}}"),
+            query("toptheta:rows_lifted:ratio_rate5m{SELECT}", "lifted, {{instance}} {{engine}}"),
         ),
         graph(
             "Decode rows that ran dense",
@@ -174,7 +188,7 @@ def top_theta_row() -> list[Builder]:
         ),
         graph(
             "Sequences by setting",
-            "default: the server's k. k: their own. off: without pruning.",
+            "default: the server's. min_prob, k: their own. off: without pruning.",
             "reqps",
             query(
                 "sum by (setting) (rate(vllm_toptheta_requests_total{SELECT}RATE))", "{{setting}}"
@@ -204,11 +218,7 @@ def top_theta_row() -> list[Builder]:
             "How many, by fraction.",
             "vllm_toptheta_request_kept_fraction",
         ),
-        histogram(
-            "Kept over target of requests",
-            "How many, by ratio.",
-            "vllm_toptheta_request_target_ratio",
-        ),
+        histogram("Kept mass of requests", "How many, by share.", "vllm_toptheta_kept_mass"),
     ]
 
 
@@ -216,8 +226,9 @@ def prompts_row() -> list[Builder]:
     """What is pruned of prompts; without data where the option phases leaves them dense."""
     return [
         graph(
-            "Kept keys and V tiles skipped in prompts",
-            "Over five minutes, by server. A V tile is 64 keys of one prompt token and kv head.",
+            "V tiles skipped, kept mass and kept keys in prompts",
+            "Kept mass by sequence, the others over five minutes by server. A V tile is 64 keys of "
+            "one prompt token and kv head.",
             "percentunit",
             query(
                 "toptheta:prefill_kept_fraction:ratio_rate5m{SELECT}",
@@ -227,6 +238,7 @@ def prompts_row() -> list[Builder]:
                 "toptheta:prefill_v_tiles_skipped:ratio_rate5m{SELECT}",
                 "V skipped, {{instance}} {{engine}}",
             ),
+            query(mean("prefill_kept_mass"), "mass"),
             width=12,
         ),
         graph(

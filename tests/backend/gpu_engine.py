@@ -5,20 +5,17 @@ kernels are stubbed.
 
 import copy
 import functools
-import sys
+import math
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
-
 import torch
-from tables import save_flat_table
+from threshold_fixtures import make_table
 from transformers import LlamaConfig
-from triton_cases import Case
 from vllm.config import CUDAGraphMode, VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention import Attention
@@ -36,10 +33,13 @@ from vllm_toptheta.backend.gpu import (
     TopThetaGPUImpl,
     TopThetaGPUMetadataBuilder,
 )
+from vllm_toptheta.kernels.layout import UNCALIBRATED_WEIGHTS
+from vllm_toptheta.model_identity import ModelIdentity
 from vllm_toptheta.telemetry.counters import FIELDS
+from vllm_toptheta.testing.cases import Case, Result, Spec, error_budget, make_case
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK = 4, 2, 64, 16
-THETA = 1.5
+MIN_PROB, MIN_MASS = 0.03, 0.8
 WINDOW = 40
 WINDOWS = (None, WINDOW, None)
 NAMES = [f"model.layers.{index}.self_attn.attn" for index in range(len(WINDOWS))]
@@ -52,7 +52,7 @@ LAYER = SimpleNamespace(_k_scale=torch.ones(1), _v_scale=torch.ones(1))
 def _model() -> Path:
     """A configuration of the layers above and a table for it, in a folder for this process."""
     folder = Path(tempfile.mkdtemp(prefix="toptheta-gpu-"))
-    LlamaConfig(
+    config = LlamaConfig(
         architectures=["LlamaForCausalLM"],
         num_hidden_layers=len(WINDOWS),
         num_attention_heads=HEADS,
@@ -61,8 +61,11 @@ def _model() -> Path:
         hidden_size=HEADS * HEAD_DIM,
         intermediate_size=64,
         vocab_size=128,
-    ).save_pretrained(folder)
-    save_flat_table(folder, THETA, folder / "table.safetensors")
+    )
+    config.save_pretrained(folder)
+    identity = ModelIdentity.from_config(config)
+    offsets = torch.arange(len(WINDOWS) * KV_HEADS).view(-1, KV_HEADS) / 10
+    make_table(identity, offsets=offsets).save(folder / "table.safetensors")
     return folder
 
 
@@ -82,13 +85,19 @@ def _configure() -> VllmConfig:
 
 
 def _options(**changes: Any) -> dict[str, Any]:
+    dial = {} if "k" in changes else {"min_prob": MIN_PROB}
     defaults = {
-        "thresholds": str(_model() / "table.safetensors"),
-        "k": 16,
+        "thresholds": "none",
+        "min_mass": MIN_MASS,
         "min_kv_len": MIN_KV_LEN,
         "layers": {"2": {"dense": True}},
     }
-    return defaults | changes
+    return defaults | dial | changes
+
+
+def table() -> str:
+    """A value of the option `thresholds`: a table of the model, with offsets."""
+    return str(_model() / "table.safetensors")
 
 
 def configure(**options: Any) -> VllmConfig:
@@ -160,52 +169,109 @@ def make_builder(
 
 
 class Batch:
-    """A case's cache in vLLM's padded pages, and the common metadata of a step over it."""
+    """A step over vLLM's padded pages: its tokens, and the common metadata.
 
-    def __init__(self, lens: list[int], queries: list[int], prefilling: list[bool] | None = None):
-        self.case = Case(lens, num_kv_heads=KV_HEADS, heads=HEADS // KV_HEADS, head_dim=HEAD_DIM)
-        self.case.theta.fill_(THETA)
+    Attributes:
+        case: all query tokens, those of single-token requests first.
+    """
+
+    def __init__(
+        self,
+        lens: list[int],
+        queries: list[int],
+        prefilling: list[bool] | None = None,
+        min_prob: float = MIN_PROB,
+    ) -> None:
+        spec = Spec(
+            num_heads=HEADS,
+            num_kv_heads=KV_HEADS,
+            head_dim=HEAD_DIM,
+            block_size=BLOCK,
+            lens=tuple(lens),
+            query_lens=tuple(queries),
+            dtype=torch.bfloat16,
+            tile=64,
+        )
+        self.case = make_case(spec)
+        self.case.log_min_prob.fill_(math.log(min_prob))
+        self.case.weights = torch.tensor(UNCALIBRATED_WEIGHTS).expand(HEADS, -1)
         self.queries, self.prefilling = queries, prefilling or [q > 1 for q in queries]
-        spec = TopThetaGPUBackend.customize_spec(
+        page = TopThetaGPUBackend.customize_spec(
             FullAttentionSpec(
                 block_size=BLOCK, num_kv_heads=KV_HEADS, head_size=HEAD_DIM, dtype=torch.bfloat16
             )
-        )
-        num_blocks = self.case.kv_cache.shape[0]
-        raw = torch.zeros(num_blocks * spec.page_size_bytes, dtype=torch.int8)
+        ).page_size_bytes
+        num_blocks = self.case.num_blocks
+        raw = torch.zeros(num_blocks * page, dtype=torch.int8)
         self.kv_cache = (
             raw.view(torch.bfloat16)
             .as_strided(
                 (num_blocks, BLOCK, KV_HEADS, 2 * HEAD_DIM),
-                (spec.page_size_bytes // 2, KV_HEADS * 2 * HEAD_DIM, 2 * HEAD_DIM, 1),
+                (page // 2, KV_HEADS * 2 * HEAD_DIM, 2 * HEAD_DIM, 1),
             )
             .transpose(1, 2)
         )
-        self.kv_cache.copy_(self.case.kv_cache)
+        self.kv_cache.copy_(self.case.gpu_pages())
 
     def common(self) -> CommonAttentionMetadata:
-        starts = torch.tensor([0, *self.queries]).cumsum(0).to(torch.int32)
         return CommonAttentionMetadata(
-            query_start_loc=starts,
-            query_start_loc_cpu=starts.clone(),
+            query_start_loc=self.case.query_start_loc,
+            query_start_loc_cpu=self.case.query_start_loc.clone(),
             seq_lens=self.case.seq_lens.clone(),
             num_reqs=len(self.queries),
             num_actual_tokens=sum(self.queries),
             max_query_len=max(self.queries),
-            max_seq_len=max(self.case.lens),
+            max_seq_len=max(self.case.spec.lens),
             block_table_tensor=self.case.block_table,
             slot_mapping=torch.full((sum(self.queries),), -1, dtype=torch.int64),
             is_prefilling=torch.tensor(self.prefilling),
         )
 
-    def expected(self, layer: int, dense: tuple[int, ...] = ()) -> Case:
-        """The case as one of the layers sees it, with the rows that run dense marked."""
-        self.case.window = WINDOWS[layer]
-        spans = [min(n, WINDOWS[layer] or n) for n in self.case.lens]
-        self.case.dense = torch.tensor(
-            [layer == 2 or n <= MIN_KV_LEN or i in dense for i, n in enumerate(spans)]
-        ).to(torch.int8)
-        return self.case
+    def expected(self, layer: int, excluded: tuple[int, ...] = ()) -> Result:
+        """What one of the layers is to do with every token.
+
+        Args:
+            layer: its window counts, and the last one is dense.
+            excluded: tokens that run dense for another reason.
+        """
+        spec = replace(self.case.spec, window=WINDOWS[layer])
+        spans = [min(visible, spec.window or visible) for _, visible in spec.rows]
+        dense = [layer == 2 or n <= MIN_KV_LEN or i in excluded for i, n in enumerate(spans)]
+        # A threshold that every key reaches.
+        log_min_prob = self.case.log_min_prob.clone()
+        log_min_prob[torch.tensor(dense)] = -1e30
+        everything = replace(self.case, spec=spec, log_min_prob=log_min_prob)
+        result = everything.expected()
+        num_single = next((i for i, q in enumerate(self.queries) if q > 1), len(self.queries))
+        if num_single:
+            floors = [0.0 if of_prompt else MIN_MASS for of_prompt in self.prefilling]
+            single = _first(everything, num_single)
+            single.min_mass = torch.tensor(floors[:num_single])
+            for name, values in vars(single.expected()).items():
+                getattr(result, name)[:num_single] = values
+        return result
+
+    def check(self, layer: int, output: torch.Tensor, rows: Any, **excluded: Any) -> Result:
+        """Compare what a layer did with the tokens of `rows`, and return what it is to do."""
+        result, found = self.expected(layer, **excluded), rows.tensors
+        n = len(self.case.query) if rows.prompt_starts is not None else rows.num_single
+        # Twice what the kernels' own tests allow: nothing here depends on their rounding.
+        budget = 2 * error_budget(self.case, result.out)[:n]
+        assert ((output[:n].double() - result.out[:n]).abs() <= budget).all()
+        assert torch.equal(found.num_kept[layer, :n], result.num_kept[:n])
+        torch.testing.assert_close(found.kept_mass[layer, :n], result.kept_mass[:n])
+        single = slice(0, rows.num_single)
+        assert torch.equal(found.lifts[layer, single], result.lifts[single])
+        others = slice(rows.num_single, n)
+        assert torch.equal(found.v_tiles_read[layer, others], result.v_tiles_read[others])
+        return result
+
+
+def _first(case: Case, num_seqs: int) -> Case:
+    """The first sequences of a case, of one token each, as decode rows."""
+    names = ("query", "keys", "values", "block_table", "log_min_prob", "min_mass", "dense")
+    spec = replace(case.spec, lens=case.spec.lens[:num_seqs], query_lens=None)
+    return replace(case, spec=spec, **{name: getattr(case, name)[:num_seqs] for name in names})
 
 
 def stub_stock_kernels(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:

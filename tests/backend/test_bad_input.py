@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +13,12 @@ import pytest
 
 pytest.importorskip("vllm", reason="needs an installed vLLM")
 
-from tables import flat_table, save_flat_table  # noqa: E402
+from tables import save_table  # noqa: E402
 from transformers import AutoConfig  # noqa: E402
 from vllm.config import KVTransferConfig, SpeculativeConfig  # noqa: E402
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 
 from vllm_toptheta.backend.plan import Plan  # noqa: E402
-from vllm_toptheta.model_identity import ModelIdentity  # noqa: E402
 
 
 def configure(model: Path, **kwargs: Any) -> Any:
@@ -34,58 +34,114 @@ def configure(model: Path, **kwargs: Any) -> Any:
     return args.create_engine_config()
 
 
-def test_the_shipped_table_is_found(smollm2: Path) -> None:
-    assert configure(smollm2).attention_config.backend.name == "TOPTHETA"
+@pytest.fixture(scope="module")
+def table(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_table(smollm2, tmp_path_factory.mktemp("tables") / "table.safetensors"))
+
+
+@pytest.fixture
+def own_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's folder of tables, empty."""
+    monkeypatch.setenv("TOPTHETA_HOME", str(tmp_path / "home"))
+    return tmp_path / "home" / "thresholds"
+
+
+@pytest.fixture
+def unknown(smollm2: Path, tmp_path: Path) -> Path:
+    """A model that has no table."""
+    config = AutoConfig.from_pretrained(smollm2)
+    config.num_hidden_layers = 29
+    config.save_pretrained(tmp_path / "unknown")
+    return tmp_path / "unknown"
+
+
+def test_the_shipped_table_is_found(smollm2: Path, own_tables: Path) -> None:
+    config = configure(smollm2)
+    assert config.attention_config.backend.name == "TOPTHETA"
+    plan = Plan.from_vllm_config(config)
+    assert plan.table is not None
+    assert plan.no_table is None
+    assert f"thresholds {plan.table_path}" in plan.describe()
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"kk": 64}, ["unknown option 'kk'", "--additional-config"]),
+        ({"group_size": 16}, ["'group_size' is gone", "--block-size"]),
         ({"k": 5000}, ["k = 5000", "outside the table's range"]),
-        ({"k": 1}, ["k = 1 ", "outside the table's range"]),
-        ({"layers": {"0": {"k": 9999}}}, ["k = 9999", "outside the table's range"]),
+        ({"k": 0.5}, ["k = 0.5 ", "outside the table's range"]),
+        ({"k": 64, "min_prob": 0.01}, ["'k' and 'min_prob' exclude each other"]),
+        ({"k": 64, "thresholds": "none"}, ["needs a threshold table", "use min_prob"]),
+        ({"min_k": 5000}, ["'min_k' = 5000 is above 'max_k'"]),
         ({"layers": {"30": {"dense": True}}}, ["layer 30", "layers 0 to 29"]),
         ({"thresholds": "nobody--nothing"}, ["nobody--nothing", "toptheta calibrate"]),
+        ({"thresholds": "missing/file.safetensors"}, ["file.safetensors", "toptheta calibrate"]),
     ],
 )
-def test_wrong_options(smollm2: Path, options: dict[str, Any], words: list[str]) -> None:
+def test_wrong_options(
+    smollm2: Path, table: str, options: dict[str, Any], words: list[str]
+) -> None:
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
-        configure(smollm2, options=options)
+        configure(smollm2, options={"thresholds": table, **options})
     for word in words:
         assert word in str(caught.value)
 
 
-def test_a_model_without_a_table(
-    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What the plug-in logs."""
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    caplog.set_level(logging.INFO, "vllm.toptheta")
+    return lambda: [
+        record.getMessage() for record in caplog.records if record.name == "vllm.toptheta"
+    ]
+
+
+def test_a_model_without_a_table_is_served_with_defaults(
+    unknown: Path, own_tables: Path, lines: Any
 ) -> None:
-    config = AutoConfig.from_pretrained(smollm2)
-    config.num_hidden_layers = 29
-    config.save_pretrained(tmp_path / "other")
-    monkeypatch.setenv("TOPTHETA_HOME", str(tmp_path / "home"))
-    with pytest.raises(FileNotFoundError, match="toptheta calibrate"):
-        configure(tmp_path / "other", skip_tokenizer_init=True)
+    configure(unknown, skip_tokenizer_init=True)
+    told, why = lines()
+    assert "min_prob 0.001, min_mass 0.5, " in told
+    assert "no threshold table" in told
+    assert f"toptheta calibrate {unknown}" in why
 
 
-def test_a_table_of_another_model(smollm2: Path, tmp_path: Path) -> None:
-    config = AutoConfig.from_pretrained(smollm2)
-    config.num_hidden_layers = 29
-    path = tmp_path / "foreign.safetensors"
-    flat_table(ModelIdentity.from_config(config, name="other"), -1e30).save(path)
+def test_nobody_is_told_to_calibrate_who_wants_no_table(smollm2: Path, lines: Any) -> None:
+    configure(smollm2, options={"thresholds": "none"})
+    assert len(lines()) == 1
+    assert "no threshold table" in lines()[0]
+
+
+def test_a_k_needs_a_table(unknown: Path, own_tables: Path) -> None:
+    with pytest.raises(ValueError, match="'k' = 64 needs a threshold table") as caught:
+        configure(unknown, options={"k": 64}, skip_tokenizer_init=True)
+    assert f"toptheta calibrate {unknown}" in str(caught.value)
+
+
+def test_a_near_miss_is_told_and_served_without(
+    smollm2: Path, unknown: Path, own_tables: Path, lines: Any
+) -> None:
+    folder = own_tables / "--".join(unknown.parts[-2:])
+    save_table(unknown, folder / "broken.safetensors")
+    broken = folder / "broken.safetensors"
+    broken.write_bytes(broken.read_bytes()[:1000])
+    configure(unknown, skip_tokenizer_init=True)
+    assert "not a safetensors file" in lines()[1]
+
+
+def test_a_table_of_another_model(smollm2: Path, unknown: Path, tmp_path: Path) -> None:
+    path = save_table(unknown, tmp_path / "foreign.safetensors")
     with pytest.raises(ValueError, match="num_hidden_layers: got 29, expected 30"):
         configure(smollm2, options={"thresholds": str(path), "k": 16})
 
 
 def test_a_broken_table(smollm2: Path, tmp_path: Path) -> None:
-    path = save_flat_table(smollm2, -1e30, tmp_path / "broken.safetensors")
+    path = save_table(smollm2, tmp_path / "broken.safetensors")
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="not a safetensors file"):
         configure(smollm2, options={"thresholds": str(path), "k": 16})
-
-
-def test_a_group_size_that_does_not_divide_the_block(smollm2: Path) -> None:
-    with pytest.raises(ValueError, match="group_size 128 does not divide the block size 64"):
-        configure(smollm2, options={"group_size": 128}, block_size=64)
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +256,7 @@ def test_draft_models_keep_to_their_own_backend(
     if words is None:
         Plan.from_vllm_config(config)
         return
-    with pytest.raises(ValueError, match="thresholds") as caught:
+    with pytest.raises(ValueError, match="draft model") as caught:
         Plan.from_vllm_config(config)
     assert words in str(caught.value)
 

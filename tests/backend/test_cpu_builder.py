@@ -2,7 +2,6 @@
 specification, for every choice of phases."""
 
 import math
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,11 +9,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="needs an installed vLLM")
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
-
 import torch  # noqa: E402
-from prefill_cases import v_tiles  # noqa: E402
-from tables import flat_table  # noqa: E402
 from threshold_fixtures import make_identity  # noqa: E402
 from vllm.config import VllmConfig, set_current_vllm_config  # noqa: E402
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402
@@ -23,15 +18,23 @@ from vllm.v1.attention.backends import cpu_attn  # noqa: E402
 from vllm.v1.kv_cache_interface import FullAttentionSpec  # noqa: E402
 
 from vllm_toptheta.backend import cpu  # noqa: E402
+from vllm_toptheta.backend.heads import toptheta_heads  # noqa: E402
 from vllm_toptheta.backend.plan import Plan  # noqa: E402
 from vllm_toptheta.config import TopThetaConfig  # noqa: E402
 from vllm_toptheta.kernels import reference  # noqa: E402
-from vllm_toptheta.kernels.api import PageLayout  # noqa: E402
+from vllm_toptheta.kernels.cpu.prefill import KEY_TILE  # noqa: E402
+from vllm_toptheta.kernels.layout import (  # noqa: E402
+    PROMPT_WEIGHTS,
+    RENORMALISE,
+    UNCALIBRATED_WEIGHTS,
+    V_TILE,
+    PageLayout,
+)
 from vllm_toptheta.request_options import RequestOptions  # noqa: E402
 from vllm_toptheta.telemetry.counters import FIELDS  # noqa: E402
 
-HEADS, KV_HEADS, HEAD_DIM, BLOCK, GROUP = 6, 2, 64, 32, 16
-THETA, MIN_KV_LEN = 0.5, 40
+HEADS, KV_HEADS, HEAD_DIM, BLOCK, GROUP = 6, 2, 64, 32, 32
+MIN_PROB, MIN_MASS, MIN_KV_LEN = 0.01, 0.65, 40
 NAMES = ["model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn"]
 LAYER = SimpleNamespace(isa="vec", _k_scale_float=1.0, _v_scale_float=1.0)
 # Two decode rows, of which one is short; the last token of a prompt, left over by the prefix cache,
@@ -57,22 +60,29 @@ class Engine:
     """A builder and its two layers, of which the second stays dense, over a filled cache."""
 
     def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, config: VllmConfig, phases: str, stock: bool
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        config: VllmConfig,
+        phases: str,
+        stock: bool,
+        **more: object,
     ) -> None:
         options = {
-            "k": 16,
+            **more,
+            "min_prob": MIN_PROB,
+            "min_mass": MIN_MASS,
             "min_kv_len": MIN_KV_LEN,
             "phases": phases,
             "layers": {"1": {"dense": True}},
         }
         identity = make_identity(num_attention_heads=HEADS, num_key_value_heads=KV_HEADS)
         checked = TopThetaConfig.from_additional_config({"toptheta": options})
-        plan = Plan(checked, flat_table(identity, THETA), Path("table"))
+        plan = Plan(checked, identity)
         monkeypatch.setattr(cpu.Plan, "from_vllm_config", lambda config: plan)
         monkeypatch.setattr(cpu, "install_on_worker", lambda *args, **kwargs: None)
         monkeypatch.setattr(cpu, "get_tensor_model_parallel_rank", lambda: 0)
         monkeypatch.setattr(cpu, "get_tp_group", lambda: SimpleNamespace(world_size=1))
-        monkeypatch.setattr(cpu, "stock_prompts_are_faster", lambda: stock)
+        monkeypatch.setattr(cpu, "stock_prompts_are_faster", lambda *args: stock)
         heads = (HEADS, HEAD_DIM, HEAD_DIM**-0.5, KV_HEADS)
         with set_current_vllm_config(config):
             self.impls = [cpu.TopThetaCPUImpl(*heads, None, None, "auto") for _ in NAMES]
@@ -82,8 +92,10 @@ class Engine:
         monkeypatch.setattr(
             cpu_attn, "get_num_attention_heads_from_layers", lambda config, names: HEADS
         )
-        spec = FullAttentionSpec(
-            block_size=BLOCK, num_kv_heads=KV_HEADS, head_size=HEAD_DIM, dtype=torch.float32
+        spec = cpu.TopThetaCPUBackend.customize_spec(
+            FullAttentionSpec(
+                block_size=BLOCK, num_kv_heads=KV_HEADS, head_size=HEAD_DIM, dtype=torch.float32
+            )
         )
         self.builder = cpu.TopThetaCPUMetadataBuilder(spec, NAMES, config, torch.device("cpu"))
 
@@ -104,9 +116,11 @@ class Engine:
 class Batch:
     """Some of the requests: random queries, keys and values."""
 
-    def __init__(self, requests: list[int]) -> None:
+    def __init__(
+        self, requests: list[int], weights: tuple[float, ...] = UNCALIBRATED_WEIGHTS
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.requests = requests
+        self.requests, self.weights = requests, weights
         self.lens, self.queries = [LENS[i] for i in requests], [QUERIES[i] for i in requests]
 
         def randn(rows: int, heads: int) -> torch.Tensor:
@@ -137,27 +151,38 @@ class Batch:
 
     def cache(self, impl: cpu.TopThetaCPUImpl) -> torch.Tensor:
         """Pages as the layer writes them."""
-        layout = PageLayout(BLOCK, HEAD_DIM, GROUP)
+        layout = PageLayout(BLOCK, HEAD_DIM)
         kv_cache = torch.zeros(self.table.numel(), KV_HEADS, BLOCK, layout.content_elements)
+        layout.v_means(kv_cache).fill_(math.nan)
         for table, key, value in zip(self.table.long(), self.keys, self.values, strict=True):
             position = torch.arange(len(key))
             slots = table[position // BLOCK] * BLOCK + position % BLOCK
             impl.do_kv_cache_update(LAYER, key, value, kv_cache, slots)
         return kv_cache
 
-    def expected(self, row: int, pruned: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Outputs of one request in float64, and what is kept: [num_heads, num_rows, num_keys]."""
+    def expected(self, row: int, pruned: bool) -> tuple[torch.Tensor, reference.Selection]:
+        """Outputs of one request in float64, and what its rows keep."""
         length, rows = self.lens[row], slice(int(self.starts[row]), int(self.starts[row + 1]))
         lens = torch.arange(length - self.queries[row], length) + 1
         scores = reference.attention_scores(
             self.query[rows].double(), self.keys[row].double(), lens, sm_scale=HEAD_DIM**-0.5
         )
-        theta = torch.full((HEADS, len(lens)), -math.inf, dtype=torch.float64)
+        threshold = torch.full((KV_HEADS, len(lens)), -1e30, dtype=torch.float64)
         if pruned:
-            theta[:, lens > MIN_KV_LEN] = THETA
-        kept = reference.select_by_theta(scores, theta)
-        weights = reference.attention_weights(scores, kept, group_size=GROUP)
-        return reference.weighted_values(weights, self.values[row].double()), kept
+            threshold[:, lens > MIN_KV_LEN] = math.log(MIN_PROB)
+        if self.requests[row] < DECODES:
+            weights = self.weights
+            chosen = reference.select(scores, threshold, MIN_MASS, group_size=GROUP)
+        else:
+            weights = PROMPT_WEIGHTS
+            chosen = reference.select_running(scores, threshold, group_size=GROUP, tile=KEY_TILE)
+        out = reference.compensated_output(
+            chosen,
+            self.values[row].double(),
+            torch.tensor(weights).expand(HEADS, -1),
+            group_size=GROUP,
+        )
+        return out, chosen
 
 
 def check(
@@ -167,32 +192,45 @@ def check(
     for row, request in enumerate(batch.requests):
         decodes = request < DECODES
         phase = phases in ("both", "decode" if decodes else "prefill")
-        kept_sum = rows_sum = tiles_sum = scored = 0
+        read = tiles = scored = mass = lifted = 0
         for layer in range(len(NAMES)):
             pruned = phase and layer == 0 and request != OFF
-            out, kept = batch.expected(row, pruned)
+            out, chosen = batch.expected(row, pruned)
             rows = slice(int(batch.starts[row]), int(batch.starts[row + 1]))
             got = batch.out[layer][rows].double()
             torch.testing.assert_close(got, out, rtol=0, atol=1e-5)
-            kept_sum += int(kept.sum())
-            rows_sum += int(reference.count_v_rows(kept, KV_HEADS).sum())
-            tiles_sum += int(v_tiles(kept, KV_HEADS).sum())
+            read += int(chosen.kept.sum())
+            padded = torch.nn.functional.pad(chosen.kept, (0, -batch.lens[row] % V_TILE))
+            tiles += int(padded.unflatten(-1, (-1, V_TILE)).any(-1).sum())
             lens = range(batch.lens[row] - batch.queries[row] + 1, batch.lens[row] + 1)
-            scored += HEADS * sum(lens)
+            scored += sum(lens)
+            mass += float(chosen.kept_mass.sum())
+            lifted += int((chosen.lifts > 0).sum()) * (HEADS // KV_HEADS)
             if pruned and batch.lens[row] > MIN_KV_LEN:
-                assert kept_sum < 0.5 * scored, "nothing was pruned"
+                assert read < 0.7 * scored * KV_HEADS, "nothing was pruned"
         found, num_rows = counts[row], batch.queries[row] * HEADS * len(NAMES)
+        kept = read * (HEADS // KV_HEADS)
         if decodes:
-            assert (found["rows"], found["keys_scored"]) == (num_rows, scored)
-            assert (found["keys_kept"], found["v_rows_read"]) == (kept_sum, rows_sum)
-            assert found["dense_prefill"] == found["prefill_rows"] == 0
+            assert (found["rows"], found["keys_scored"]) == (num_rows, scored * HEADS)
+            assert (found["keys_kept"], found["v_rows_read"]) == (kept, read)
+            assert found["v_rows_scored"] == scored * KV_HEADS
+            assert found["keys_dense"] == kept, "no k rules"
+            assert found["kept_mass"] == pytest.approx(mass * 1e6, abs=2)
+            assert found["rows_lifted"] == lifted
+            assert found["dense_prefill"] == found["prefill_rows"] == found["keys_target"] == 0
         elif phases == "decode":
             assert found == dict.fromkeys(FIELDS, 0) | {"dense_prefill": num_rows}
         else:
-            assert (found["prefill_rows"], found["prefill_keys_scored"]) == (num_rows, scored)
-            assert found["prefill_keys_kept"] == kept_sum
-            assert found["prefill_v_tiles_read"] == tiles_sum
+            assert (found["prefill_rows"], found["prefill_keys_scored"]) == (
+                num_rows,
+                scored * HEADS,
+            )
+            assert found["prefill_keys_kept"] == kept
+            assert found["prefill_v_tiles_read"] == tiles
+            assert found["prefill_kept_mass"] == pytest.approx(mass * 1e6, rel=1e-6)
             assert found["rows"] == 0
+    if phases != "prefill":
+        assert counts[0]["rows_lifted"] > 0, "the floor had nothing to do"
     has_prompts = batch.requests[-1] >= DECODES
     assert (metadata.prefill is not None) + (metadata.prompts is not None) == has_prompts
 
@@ -210,6 +248,16 @@ def test_mixed_batches(
     metadata, counts = engine.step(batch)
     check(batch, counts, phases, metadata)
     assert (metadata.prefill is not None) is (stock and phases == "decode")
+
+
+def test_without_compensation_nobody_writes_or_reads_means(
+    monkeypatch: pytest.MonkeyPatch, vllm_config: VllmConfig
+) -> None:
+    engine = Engine(monkeypatch, vllm_config, "decode", True, compensation=False)
+    batch = Batch([0, 1, CHUNK], RENORMALISE)
+    metadata, counts = engine.step(batch)
+    check(batch, counts, "decode", metadata)
+    assert PageLayout(BLOCK, HEAD_DIM).v_means(batch.cache(engine.impls[0])).isnan().all()
 
 
 @pytest.mark.parametrize("stock", [True, False])
@@ -234,10 +282,60 @@ def test_hosts_with_avx512_keep_unpruned_prompts_on_cpu_attn_and_say_so(
     monkeypatch: pytest.MonkeyPatch, vllm_config: VllmConfig, avx512: bool
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
-    faster, lines = cpu.stock_prompts_are_faster(), []
+    faster, lines = cpu.stock_prompts_are_faster("vec", "native"), []
     assert faster is avx512
+    assert cpu.stock_prompts_are_faster("vec", "eager")
     monkeypatch.setattr(cpu.logger, "info_once", lines.append)
     engine = Engine(monkeypatch, vllm_config, "decode", faster)
     metadata, _ = engine.step(Batch([0, CHUNK]))
     assert (metadata.prefill is not None) is avx512
     assert ["CPU_ATTN" in line for line in lines] == [True] * avx512
+
+
+def test_amx_hosts_keep_all_prompts_on_cpu_attn_and_say_so(
+    monkeypatch: pytest.MonkeyPatch, vllm_config: VllmConfig
+) -> None:
+    assert cpu.stock_prompts_are_faster("amx", "native")
+    engine, lines = Engine(monkeypatch, vllm_config, "both", True), []
+    monkeypatch.setattr(cpu.logger, "info_once", lines.append)
+    engine.builder.packing = "amx"
+    engine.builder._choose_prompt_kernels()
+    metadata, counts = engine.step(Batch([0, CHUNK]))
+    assert metadata.prompts is None
+    assert counts[1] == dict.fromkeys(FIELDS, 0) | {"dense_prefill": 20 * HEADS * len(NAMES)}
+    assert [("CPU_ATTN" in line, "without pruning" in line) for line in lines] == [(True, True)]
+
+
+def test_ranks_that_share_a_kv_head_count_its_v_rows_once(
+    monkeypatch: pytest.MonkeyPatch, vllm_config: VllmConfig
+) -> None:
+    batch = Batch([0, CHUNK])
+    engine = Engine(monkeypatch, vllm_config, "both", False)
+    _, whole = engine.step(batch)
+    engine.builder.first_replica = False
+    _, other = engine.step(batch)
+    v_columns = {name for name in FIELDS if "v_" in name}
+    assert len(v_columns) == 4
+    for before, after in zip(whole, other, strict=True):
+        assert after == before | dict.fromkeys(v_columns, 0)
+    assert any(one[name] for one in whole for name in v_columns)
+
+
+def test_counts_per_head_add_up_to_those_of_the_requests(
+    monkeypatch: pytest.MonkeyPatch, vllm_config: VllmConfig
+) -> None:
+    engine = Engine(monkeypatch, vllm_config, "decode", True)
+    _, counts = engine.step(Batch([0, 1, CHUNK]))
+    (heads,) = toptheta_heads()
+    assert (heads["layers"], heads["first_head"], heads["rows"]) == ([0, 1], 0, [2, 2])
+
+    def total(name: str) -> int:
+        return sum(one[name] for one in counts)
+
+    kept, mass = torch.tensor(heads["kept"]), torch.tensor(heads["kept_mass"])
+    assert kept.shape == (2, KV_HEADS)
+    assert mass.shape == (2, HEADS)
+    assert int(kept.sum()) == total("v_rows_read")
+    assert int(torch.tensor(heads["scored"]).sum()) == total("v_rows_scored")
+    assert float(mass.sum()) * 1e6 == pytest.approx(total("kept_mass"), abs=4)
+    assert (mass[1] == 2).all(), "the dense layer keeps everything"

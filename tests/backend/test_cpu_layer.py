@@ -25,7 +25,7 @@ from vllm_toptheta.backend.cpu import (  # noqa: E402
     TopThetaCPUMetadata,
 )
 from vllm_toptheta.backend.prompts import PromptStep  # noqa: E402
-from vllm_toptheta.kernels.api import PageLayout  # noqa: E402
+from vllm_toptheta.kernels.layout import UNCALIBRATED_WEIGHTS, PageLayout  # noqa: E402
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK, NUM_BLOCKS = 6, 2, 64, 32, 40
 LENS = [301, 33, 260]  # two decode rows, then a prompt chunk of 20 tokens
@@ -76,18 +76,41 @@ def metadata(
     )
 
 
+def bind(layer: TopThetaCPUImpl) -> PageLayout:
+    layout = PageLayout(BLOCK, HEAD_DIM)
+    layer.bind(0, layout, torch.tensor(UNCALIBRATED_WEIGHTS).repeat(HEADS, 1), means=True)
+    return layout
+
+
+def decode_step(table: torch.Tensor, lens: list[int], dense: bool) -> DecodeStep:
+    """Rows that keep every key."""
+    rows = len(lens)
+    return DecodeStep(
+        num_decodes=rows,
+        block_table=table,
+        seq_lens=torch.tensor(lens, dtype=torch.int32),
+        log_min_prob=torch.full((1, rows, KV_HEADS), -torch.inf),
+        min_mass=torch.zeros(rows),
+        dense=torch.full((1, rows), dense),
+        num_kept=torch.empty((1, rows, KV_HEADS), dtype=torch.int32),
+        kept_mass=torch.empty(1, rows, HEADS),
+        lifts=torch.empty((1, rows, KV_HEADS), dtype=torch.int32),
+    )
+
+
 def prompt_step(table: torch.Tensor, dense: bool) -> PromptStep:
     row_lens = torch.arange(LENS[2] - CHUNK, LENS[2]) + 1
     return PromptStep(
         block_table=table,
         query_start_loc=torch.tensor([0, CHUNK], dtype=torch.int32),
         seq_lens=torch.tensor(LENS[2:], dtype=torch.int32),
-        theta=torch.full((1, CHUNK, HEADS), -torch.inf),
+        log_min_prob=torch.full((1, CHUNK, KV_HEADS), -torch.inf),
         dense=torch.full((1, CHUNK), dense),
         visible=row_lens[None],
         row_lens=row_lens,
-        num_kept=torch.empty((1, CHUNK, HEADS), dtype=torch.int32),
+        num_kept=torch.empty((1, CHUNK, KV_HEADS), dtype=torch.int32),
         v_tiles_read=torch.empty((1, CHUNK, KV_HEADS), dtype=torch.int32),
+        kept_mass=torch.empty(1, CHUNK, HEADS),
     )
 
 
@@ -107,8 +130,7 @@ def test_layer_agrees_with_cpu_attn(
     with set_current_vllm_config(vllm_config):
         stock = CPUAttentionBackendImpl(*arguments, **options)
         ours = TopThetaCPUImpl(*arguments, **options)
-    layout = PageLayout(BLOCK, HEAD_DIM, 16)
-    ours.bind(0, layout, compensation=True)
+    layout = bind(ours)
 
     table = torch.randperm(NUM_BLOCKS - 1, generator=generator)[: 3 * 11].to(torch.int32) + 1
     table = table.view(3, 11)
@@ -127,15 +149,7 @@ def test_layer_agrees_with_cpu_attn(
     window = stock.sliding_window
     whole = metadata(0, LENS, [1, 1, CHUNK], table, window)
     stock.forward(LAYER, query, None, None, plain, whole, expected)
-    decode = DecodeStep(
-        num_decodes=2,
-        block_table=table[:2],
-        seq_lens=torch.tensor(LENS[:2], dtype=torch.int32),
-        theta=torch.full((1, 2, HEADS), -torch.inf),
-        dense=torch.tensor([[dense, dense]]),
-        num_kept=torch.empty((1, 2, HEADS), dtype=torch.int32),
-        v_rows_read=torch.empty((1, 2, KV_HEADS), dtype=torch.int32),
-    )
+    decode = decode_step(table[:2], LENS[:2], dense)
     step = TopThetaCPUMetadata(num_actual_tokens=2 + CHUNK, decode=decode, prefill=None)
     if prompts:
         step.prompts = prompt_step(table[2:], dense)
@@ -145,8 +159,9 @@ def test_layer_agrees_with_cpu_attn(
 
     assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5)
     visible = [min(length, window) if window > 0 else length for length in LENS[:2]]
-    assert decode.num_kept[0].tolist() == [[n] * HEADS for n in visible]
-    assert decode.v_rows_read[0].tolist() == [[n] * KV_HEADS for n in visible]
+    assert decode.num_kept[0].tolist() == [[n] * KV_HEADS for n in visible]
+    torch.testing.assert_close(decode.kept_mass, torch.ones(1, 2, HEADS))
+    assert decode.lifts.tolist() == [[[0] * KV_HEADS] * 2]
 
 
 def test_alibi_is_refused(vllm_config: VllmConfig) -> None:
@@ -159,18 +174,9 @@ def test_sinks_that_are_loaded_again_count(vllm_config: VllmConfig) -> None:
     options = {"sliding_window": None, "kv_cache_dtype": "auto", "sinks": sinks}
     with set_current_vllm_config(vllm_config):
         layer = TopThetaCPUImpl(HEADS, HEAD_DIM, HEAD_DIM**-0.5, KV_HEADS, None, **options)
-    layout = PageLayout(BLOCK, HEAD_DIM, 16)
-    layer.bind(0, layout, compensation=True)
+    layout = bind(layer)
     paged = torch.ones(1, KV_HEADS, BLOCK, layout.content_elements)
-    decode = DecodeStep(
-        num_decodes=1,
-        block_table=torch.zeros(1, 1, dtype=torch.int32),
-        seq_lens=torch.tensor([9], dtype=torch.int32),
-        theta=torch.full((1, 1, HEADS), -torch.inf),
-        dense=torch.tensor([[True]]),
-        num_kept=torch.empty((1, 1, HEADS), dtype=torch.int32),
-        v_rows_read=torch.empty((1, 1, KV_HEADS), dtype=torch.int32),
-    )
+    decode = decode_step(torch.zeros(1, 1, dtype=torch.int32), [9], dense=True)
     step = TopThetaCPUMetadata(num_actual_tokens=1, decode=decode, prefill=None)
     query, out = torch.zeros(1, HEADS, HEAD_DIM), torch.empty(1, HEADS, HEAD_DIM)
     # Nine keys of score 0 and V of ones: their share of the denominator.

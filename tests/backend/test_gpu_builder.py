@@ -1,5 +1,7 @@
 """The GPU backend on the CPU: how a batch is split, and what its single-token rows are to do."""
 
+import math
+
 import pytest
 
 pytest.importorskip("vllm", reason="needs an installed vLLM")
@@ -7,22 +9,22 @@ pytest.importorskip("triton")
 
 import torch  # noqa: E402
 from gpu_engine import (  # noqa: E402
-    HEAD_DIM,
     HEADS,
     MAX_ROWS,
+    MIN_MASS,
+    MIN_PROB,
     Batch,
     make_builder,
     named_totals,
     recorded_build,
     run_layer,
     stub_stock_kernels,
+    table,
 )
 from triton_interpreter import needs_interpreter  # noqa: E402
 from vllm.v1.attention.backend import AttentionCGSupport  # noqa: E402
 
-from vllm_toptheta.backend import (
-    gpu,  # noqa: E402
-)
+from vllm_toptheta.backend import gpu  # noqa: E402
 from vllm_toptheta.request_options import RequestOptions  # noqa: E402
 
 pytestmark = needs_interpreter
@@ -33,17 +35,15 @@ def test_mixed_batches_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
     builder, impls = make_builder(monkeypatch)
     batch = Batch([70, 33, 15, 40], [1, 1, 1, 5])
     metadata = builder.build(0, batch.common())
-    query = torch.cat([batch.case.query[:3], torch.randn(5, HEADS, HEAD_DIM).bfloat16()])
     for layer, impl in enumerate(impls):
-        output = run_layer(impl, batch, metadata, query)
-        out, num_kept, v_rows_read, _ = batch.expected(layer).expected()
-        torch.testing.assert_close(output[:3].double(), out[:3], rtol=0, atol=0.03)
-        assert torch.equal(builder.tensors.num_kept[layer, :3], num_kept[:3])
-        assert torch.equal(builder.tensors.v_rows_read[layer, :3], v_rows_read[:3])
+        output = run_layer(impl, batch, metadata, batch.case.query)
+        result = batch.check(layer, output, metadata.rows)
         assert (output[3:] == 7).all()
-    assert builder.tensors.num_kept[0, 0].max() < 30, "nothing was pruned"
+        if layer == 0:
+            assert result.num_kept[0].max() < 40, "nothing was pruned"
+            assert result.lifts[:3].any(), "no floor was reached"
     rest = stock[0]["metadata"]
-    assert torch.equal(stock[0]["query"], query[3:])
+    assert torch.equal(stock[0]["query"], batch.case.query[3:])
     assert rest.num_actual_tokens == 5
     assert rest.query_start_loc.tolist() == [0, 5]
     assert rest.seq_lens.tolist() == [40]
@@ -55,57 +55,87 @@ def test_a_single_prompt_token_runs_dense(monkeypatch: pytest.MonkeyPatch) -> No
     builder, impls = make_builder(monkeypatch)
     batch = Batch([70, 70], [1, 1], [False, True])
     metadata = builder.build(0, batch.common())
-    run_layer(impls[0], batch, metadata, batch.case.query)
-    assert builder.tensors.num_kept[0, 1].tolist() == [70] * HEADS
-    assert builder.tensors.num_kept[0, 0].max() < 70
+    output = run_layer(impls[0], batch, metadata, batch.case.query)
+    batch.check(0, output, metadata.rows, excluded=(1,))
     # The next step has no prompt row: the mark is gone.
-    metadata = builder.build(0, Batch([70, 70], [1, 1]).common())
-    run_layer(impls[0], batch, metadata, batch.case.query)
-    assert builder.tensors.num_kept[0, 1].max() < 70
+    batch = Batch([70, 70], [1, 1])
+    metadata = builder.build(0, batch.common())
+    batch.check(0, run_layer(impls[0], batch, metadata, batch.case.query), metadata.rows)
 
 
-def test_requests_choose_their_k(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_choose_for_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     stub_stock_kernels(monkeypatch)
-    builder, impls = make_builder(monkeypatch, layers={"1": {"k": 128}})
-    batch = Batch([70, 70, 70], [1, 1, 1])
-    asked = {1: RequestOptions(k=128, layers=True), 2: RequestOptions(pruning=False)}
+    builder, impls = make_builder(monkeypatch, layers={"1": {"min_prob": 0.01}})
+    batch = Batch([70] * 4, [1] * 4)
+    asked = {
+        1: RequestOptions(min_prob=0.2, min_mass=0.0, layers=True),
+        2: RequestOptions(pruning=False),
+        3: RequestOptions(min_mass=0.95),
+    }
     monkeypatch.setattr(gpu, "row_options", lambda cam: asked)
     metadata, counts = recorded_build(builder, batch.common())
-    assert builder.tensors.row_wishes[0, :3].tolist() == [16, 128, 16]
-    assert builder.tensors.row_wishes[1, :3].tolist() == [0, 0.5, 0]
+    rows = metadata.rows
+    wanted = torch.tensor([MIN_PROB, 0.2, 1, MIN_PROB]).log()
+    assert torch.equal(rows.tensors.log_min_prob[0, :4, 0], wanted)
+    # The operator's override of a layer stands.
+    assert (rows.tensors.log_min_prob[1, :4] == math.log(0.01)).all()
+    assert rows.min_mass.tolist() == pytest.approx([MIN_MASS, 0, 0, 0.95])
     run_layer(impls[0], batch, metadata, batch.case.query)
-    assert builder.tensors.num_kept[0, 0].max() < 70
-    assert builder.tensors.num_kept[0, 2].tolist() == [70] * HEADS, "switched off"
+    kept = rows.tensors.num_kept[0, :4].float().mean(1)
+    assert kept[1] < kept[0] < kept[3] < kept[2] == 70
     totals = named_totals(counts)
-    # Layer 1 fixes its own k of 128, which is more than these rows see.
-    assert [row["dense_off"] for row in totals[:3]] == [0, 0, 3 * HEADS]
-    assert totals[0]["keys_target"] == 2 * 16 * HEADS
+    assert [row["dense_off"] for row in totals[:4]] == [0, 0, 3 * HEADS, 0]
+    assert [row["rows_lifted"] > 0 for row in totals[:4]] == [True, False, False, True]
     assert counts.detail == [1]
-    detail = totals[6:]
+    detail = totals[4 + 3 :]
     assert len(detail) == 3
     assert sum(row["rows"] for row in detail) == totals[1]["rows"] == 3 * HEADS
     monkeypatch.setattr(gpu, "row_options", lambda cam: {})
     builder.build(0, batch.common())
-    assert builder.tensors.row_wishes[0, :3].tolist() == [16, 16, 16]
-    assert not builder.tensors.row_wishes[2].any()
+    assert (builder.tensors.held.log_min_prob[0, :4] == math.log(MIN_PROB)).all()
+    assert not builder.tensors.held.dense[0].any()
 
 
-def test_level_positions(monkeypatch: pytest.MonkeyPatch) -> None:
-    builder, _ = make_builder(monkeypatch, layers={"1": {"k": 128}})
-    assert builder.tensors.level_of(16) == 0
-    assert builder.tensors.level_of(1024) == 1
-    assert builder.tensors.level_of(128) == pytest.approx(0.5)
-    assert builder.tensors.layers.k.tolist() == [0, 128, 0]
-    assert builder.tensors.layers.level.tolist() == [0, 0.5, 0]
+def test_a_k_is_counted_as_a_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    stub_stock_kernels(monkeypatch)
+    builder, impls = make_builder(
+        monkeypatch, thresholds=table(), k=16, layers={"1": {"min_prob": 0.01}}
+    )
+    batch = Batch([70, 70, 70], [1, 1, 1])
+    asked = {1: RequestOptions(k=32), 2: RequestOptions(min_prob=0.02)}
+    monkeypatch.setattr(gpu, "row_options", lambda cam: asked)
+    metadata, counts = recorded_build(builder, batch.common())
+    for impl in impls:
+        run_layer(impl, batch, metadata, batch.case.query)
+    totals = named_totals(counts)
+    assert [row["keys_target"] for row in totals[:3]] == [2 * 16 * HEADS, 2 * 32 * HEADS, 0]
+    assert totals[2]["keys_dense"] == totals[2]["keys_kept"]
+    of_layer_1 = builder.tensors.held.num_kept[1, 0].sum() * HEADS // 2
+    assert totals[0]["keys_dense"] == of_layer_1
+
+
+def test_weights_are_those_of_the_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    stub_stock_kernels(monkeypatch)
+    outputs = {}
+    for compensation in (True, False):
+        builder, impls = make_builder(monkeypatch, compensation=compensation)
+        batch = Batch([70], [1])
+        metadata = builder.build(0, batch.common())
+        batch.case.weights = builder.tensors.weights[0]
+        outputs[compensation] = run_layer(impls[0], batch, metadata, batch.case.query)
+        batch.check(0, outputs[compensation], metadata.rows)
+    assert not torch.equal(outputs[True], outputs[False])
 
 
 def test_splits_and_scratch_cover_every_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "_device_limits", lambda device: ("", 132, 227 << 10))
+    monkeypatch.setattr(gpu, "_num_units", lambda device: 132)
     builder, _ = make_builder(monkeypatch)
-    assert builder.tensors.max_rows == MAX_ROWS
-    parts = [n * builder.tensors.num_splits(n) for n in range(1, MAX_ROWS + 1)]
-    assert builder.tensors.num_splits(1) == 64
-    assert max(parts) == builder.tensors.scratch.num_parts
+    tensors = builder.tensors
+    assert tensors.max_rows == tensors.scratch.num_rows == MAX_ROWS
+    parts = [n * tensors.num_splits(n) for n in range(1, MAX_ROWS + 1)]
+    assert tensors.num_splits(1) > 64
+    assert max(parts) == tensors.scratch.num_parts
+    assert tensors.scratch.max_len >= builder.vllm_config.model_config.max_model_len
     assert (
         builder.get_cudagraph_support(None, None) is AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     )

@@ -10,7 +10,6 @@ pytest.importorskip("triton")
 
 import torch  # noqa: E402
 from gpu_engine import (  # noqa: E402
-    HEAD_DIM,
     HEADS,
     KV_HEADS,
     Batch,
@@ -24,10 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from triton_interpreter import needs_interpreter  # noqa: E402
 
 from vllm_toptheta.backend import step  # noqa: E402
-from vllm_toptheta.kernels.triton_counts import COLUMNS  # noqa: E402
-from vllm_toptheta.telemetry.counters import FIELDS  # noqa: E402
+from vllm_toptheta.telemetry.counters import FIELDS, MASS_UNIT  # noqa: E402
 
 pytestmark = needs_interpreter
+
+GROUP = HEADS // KV_HEADS
 
 
 def test_totals_count_every_row_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,23 +35,27 @@ def test_totals_count_every_row_once(monkeypatch: pytest.MonkeyPatch) -> None:
     builder, impls = make_builder(monkeypatch)
     batch = Batch([70, 33, 15, 50, 40], [1, 1, 1, 1, 5], [False, False, False, True, True])
     metadata, counts = recorded_build(builder, batch.common())
-    query = torch.cat([batch.case.query[:4], torch.randn(5, HEADS, HEAD_DIM).bfloat16()])
-    kept, rows = torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
+    lists, lifted = torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
+    mass = torch.zeros(4)
     for layer, impl in enumerate(impls):
-        run_layer(impl, batch, metadata, query)
-        _, num_kept, v_rows_read, _ = batch.expected(layer, dense=(3,)).expected()
-        kept += num_kept[:4].sum(1)
-        rows += v_rows_read[:4].sum(1)
+        output = run_layer(impl, batch, metadata, batch.case.query)
+        result = batch.check(layer, output, metadata.rows, excluded=(3,))
+        lists += result.num_kept[:4].sum(1)
+        lifted += (result.lifts[:4] > 0).sum(1) * GROUP
+        mass += result.kept_mass[:4].sum(1)
     totals = named_totals(counts)
     for seq, visible in enumerate([70 + 40 + 70, 33 * 3, 15 * 3]):
         assert totals[seq]["rows"] == 3 * HEADS
         assert totals[seq]["keys_scored"] == visible * HEADS
         assert totals[seq]["v_rows_scored"] == visible * KV_HEADS
-        assert totals[seq]["keys_kept"] == kept[seq]
-        assert totals[seq]["v_rows_read"] == rows[seq]
+        assert totals[seq]["keys_kept"] == totals[seq]["keys_dense"] == lists[seq] * GROUP
+        assert totals[seq]["v_rows_read"] == lists[seq]
+        assert totals[seq]["rows_lifted"] == lifted[seq]
+        assert totals[seq]["kept_mass"] == pytest.approx(float(mass[seq]) * MASS_UNIT, rel=1e-5)
         assert totals[seq]["dense_layer"] == HEADS
         assert totals[seq]["dense_short"] == (2 * HEADS if seq == 2 else 0)
         assert totals[seq]["dense_prefill"] == 0
+    assert lifted.any()
     assert totals[3] == dict.fromkeys(FIELDS, 0) | {"dense_prefill": 3 * HEADS}
     assert totals[4] == dict.fromkeys(FIELDS, 0) | {"dense_prefill": 5 * 3 * HEADS}
     for name in FIELDS:
@@ -96,7 +100,3 @@ def test_totals_are_few_launches_and_never_wait_for_the_device(
     views = {"view", "_unsafe_view", "select", "slice"}
     assert [name for name in ran if name not in views] == ["zeros", "sum", "sum", "cat"]
     assert len(counted) == 1
-
-
-def test_columns_are_written_in_the_order_they_travel_in() -> None:
-    assert COLUMNS == FIELDS

@@ -1,5 +1,8 @@
 """The GPU backend on the CPU: what captured graphs rely on."""
 
+import math
+from typing import Any
+
 import pytest
 
 pytest.importorskip("vllm", reason="needs an installed vLLM")
@@ -9,6 +12,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from gpu_engine import (  # noqa: E402
     HEADS,
+    KV_HEADS,
     LAYER,
     NAMES,
     Batch,
@@ -24,45 +28,48 @@ from gpu_engine import (  # noqa: E402
 from triton_interpreter import needs_interpreter  # noqa: E402
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata  # noqa: E402
 
-from vllm_toptheta.backend import step  # noqa: E402
-from vllm_toptheta.kernels.triton_theta import DENSE_ROW, DENSE_SHORT  # noqa: E402
+from vllm_toptheta.backend import gpu  # noqa: E402
+from vllm_toptheta.kernels.triton import decode  # noqa: E402
+from vllm_toptheta.kernels.triton.counts import DENSE_LAYER, DENSE_SHORT  # noqa: E402
+from vllm_toptheta.request_options import RequestOptions  # noqa: E402
 from vllm_toptheta.telemetry.counters import FIELDS  # noqa: E402
 
 pytestmark = needs_interpreter
+
+KERNELS = [name for name in vars(decode) if name.endswith("_kernel")]
 
 
 def test_a_replayed_graph_sees_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between capture and replay only the contents of tensors may change, never an argument of a
     launch.
     """
-    from vllm_toptheta.kernels import triton_decode
-
     builder, impls = make_builder(monkeypatch)
-    capture = Batch([70, 33, 1, 1], [1, 1, 1, 1])
-    common = capture.common()
-    records = []
-    for lens, prefilling in ([None, None], [[5, 64, 0, 0], [True, False, False, False]]):
-        split, merge = Launches(), Launches()
-        monkeypatch.setattr(triton_decode, "_split_kernel", split)
-        monkeypatch.setattr(triton_decode, "_merge_kernel", merge)
-        if lens is None:
-            metadata = builder.build_for_cudagraph_capture(common)
-            assert common.seq_lens.tolist() == [1] * 4
-            theta_at_capture = builder.tensors.theta.clone()
-        else:
-            common.seq_lens.copy_(torch.tensor(lens))
-            common.is_prefilling = torch.tensor(prefilling)
-            metadata = builder.build(0, common)
-        query, output = (
-            capture.case.query,
-            records[0][2] if records else torch.empty_like(capture.case.query),
-        )
-        impls[0].forward(LAYER, query, None, None, capture.kv_cache, metadata, output)
-        records.append((split.calls, merge.calls, output))
-    assert records[0][0] == records[1][0]
-    assert records[0][1] == records[1][1]
-    assert builder.tensors.dense[0, :4].tolist() == [4, 0, 1, 1]
-    assert theta_at_capture.shape == builder.tensors.theta.shape
+    batch = Batch([70, 33, 1, 1], [1, 1, 1, 1])
+    common, output = batch.common(), torch.empty_like(batch.case.query)
+
+    def launched(metadata: Any) -> dict[str, list[Any]]:
+        launches = {name: Launches() for name in KERNELS}
+        for name, launch in launches.items():
+            monkeypatch.setattr(decode, name, launch)
+        impls[0].forward(LAYER, batch.case.query, None, None, batch.kv_cache, metadata, output)
+        return {name: launch.calls for name, launch in launches.items()}
+
+    captured = launched(builder.build_for_cudagraph_capture(common))
+    assert common.seq_lens.tolist() == [1] * 4
+    assert {len(calls) for calls in captured.values()} == {1}
+    common.seq_lens.copy_(torch.tensor([5, 64, 0, 0]))
+    common.is_prefilling = torch.tensor([True, False, False, False])
+    monkeypatch.setattr(gpu, "row_options", lambda cam: {1: RequestOptions(min_prob=0.2)})
+    assert launched(builder.build(0, common)) == captured
+    held = builder.tensors.held
+    assert held.dense[0, :4].tolist() == [DENSE_LAYER, 0, DENSE_SHORT, DENSE_SHORT]
+    assert held.log_min_prob[0, 1].tolist() == pytest.approx([math.log(0.2)] * KV_HEADS)
+
+
+def padded(batch: Batch, num_tokens: int) -> torch.Tensor:
+    """The query of a batch, with tokens of no request at its end."""
+    query = batch.case.query
+    return torch.cat([query, query.new_zeros(num_tokens - len(query), *query.shape[1:])])
 
 
 def test_padding_of_a_captured_batch_yields_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,18 +79,10 @@ def test_padding_of_a_captured_batch_yields_zeros(monkeypatch: pytest.MonkeyPatc
     common = batch.common()
     common.num_actual_tokens = 4
     metadata = builder.build(0, common)
-    output = run_layer(impls[0], batch, metadata, batch.case.query)
+    output = run_layer(impls[0], batch, metadata, padded(batch, 4))
     assert (output[2:] == 0).all()
     assert not stock
-    counts = step.GPUStepCounts(
-        tensors=builder.tensors,
-        num_rows=4,
-        prompts=None,
-        query_start_loc=common.query_start_loc,
-        seq_lens=common.seq_lens,
-        num_layers=3,
-        detail=[],
-    )
+    counts = builder.counts(common, metadata, [])
     assert named_totals(counts)[2:4] == [dict.fromkeys(FIELDS, 0)] * 2
 
 
@@ -119,11 +118,12 @@ def test_a_padded_batch_of_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
         is_prefilling=torch.tensor([False, True, False]),
         req_idx=np.array([2, 0, 1]),
     )
-    rows = metadata[NAMES[0]].decode
-    assert rows.num_rows == 4
-    assert rows.dense.tolist()[0] == [0, DENSE_ROW, DENSE_SHORT, DENSE_SHORT]
-    output = run_layer(layers[0].impl, batch, metadata[NAMES[0]], batch.case.query)
-    assert rows.num_kept[0, 1].tolist() == [33] * HEADS
+    rows = metadata[NAMES[0]].rows
+    assert rows.num_single == 4
+    assert rows.tensors.dense[0, :4].tolist() == [0, DENSE_LAYER, DENSE_SHORT, DENSE_SHORT]
+    query = padded(batch, 4)
+    output = run_layer(layers[0].impl, batch, metadata[NAMES[0]], query)
+    assert rows.tensors.num_kept[0, 1].tolist() == [33] * KV_HEADS
     assert (output[3] == 0).all()
 
 

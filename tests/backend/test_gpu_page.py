@@ -72,18 +72,14 @@ def allocate(spec: Any, layout: KVCacheLayout) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("layout", TopThetaGPUBackend.supported_kv_cache_layouts(), ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8], ids=["bf16", "fp8"])
-@pytest.mark.parametrize(("block_size", "group_size"), [(16, 16), (64, 16), (128, 64)])
+@pytest.mark.parametrize(("block_size", "groups"), [(16, 1), (96, 3), (64, 1), (128, 2)])
 def test_parts_of_a_page_do_not_overlap(
-    layout: KVCacheLayout, dtype: torch.dtype, block_size: int, group_size: int
+    layout: KVCacheLayout, dtype: torch.dtype, block_size: int, groups: int
 ) -> None:
-    spec = pad_page(spec_of(block_size=block_size, dtype=dtype), group_size)
+    spec = pad_page(spec_of(block_size=block_size, dtype=dtype))
     caches = allocate(spec, layout)
-    parts = [
-        part
-        for cache in caches
-        for part in (cache, v_means_view(cache, group_size, torch.bfloat16))
-    ]
-    assert parts[1].shape == (NUM_BLOCKS, 3, block_size // group_size, 80)
+    parts = [part for cache in caches for part in (cache, v_means_view(cache, torch.bfloat16))]
+    assert parts[1].shape == (NUM_BLOCKS, 3, groups, 80)
     assert all(part.data_ptr() % 16 == 0 for part in parts), "rows would not load in one piece"
     for number, part in enumerate(parts, 1):
         part.fill_(number)
@@ -93,39 +89,39 @@ def test_parts_of_a_page_do_not_overlap(
 
 def test_its_memory_is_in_the_page() -> None:
     plain = spec_of(block_size=128, head_size=128, num_kv_heads=8)
-    padded = pad_page(plain, 16)
-    assert padded.page_size_bytes == plain.page_size_bytes * (1 + 1 / 32) + 128
-    assert pad_page(padded, 16) == padded
+    padded = pad_page(plain)
+    assert padded.page_size_bytes == plain.page_size_bytes * (1 + 1 / 128) + 128
+    assert pad_page(padded) == padded
     assert padded.real_page_size_bytes == plain.page_size_bytes
 
 
 def test_a_question_about_one_token_gets_the_plain_answer() -> None:
     plain = spec_of(block_size=1)
-    assert pad_page(plain, 16) is plain
+    assert pad_page(plain) is plain
 
 
 def test_what_cannot_work_is_refused() -> None:
-    with pytest.raises(ValueError, match="32 does not divide a layer's block of 16 tokens"):
-        pad_page(spec_of(), 32)
+    with pytest.raises(ValueError, match="block_size must be a multiple of 16, got 8"):
+        pad_page(spec_of(block_size=8))
     with pytest.raises(ValueError, match="K and V of one width"):
-        pad_page(spec_of(head_size_v=64), 16)
+        pad_page(spec_of(head_size_v=64))
     with pytest.raises(ValueError, match="kv-cache-dtype"):
-        pad_page(spec_of(state_content_bytes=300), 16)
+        pad_page(spec_of(state_content_bytes=300))
     unpadded = allocate(spec_of(), KVCacheLayout.LBNHC)
-    with pytest.raises(RuntimeError, match="has no room for V means per 16 tokens"):
-        v_means_view(unpadded[0], 16, torch.bfloat16)
+    with pytest.raises(RuntimeError, match="has no room for V means"):
+        v_means_view(unpadded[0], torch.bfloat16)
     scattered = torch.zeros(3, 4, 16, 160).transpose(0, 1)
     with pytest.raises(RuntimeError, match="VLLM_KV_CACHE_LAYOUT"):
-        v_means_view(scattered, 16, torch.bfloat16)
+        v_means_view(scattered, torch.bfloat16)
 
 
 @pytest.mark.parametrize("kv_heads", [(8, 4), (8, 2), (6, 4)])
 def test_layers_of_different_pages_come_to_one_size(kv_heads: tuple[int, int]) -> None:
     """vLLM must pad the smaller page, not scale its block, which padded pages forbid."""
     specs = {
-        "full": pad_page(spec_of(num_kv_heads=kv_heads[0]), 16),
+        "full": pad_page(spec_of(num_kv_heads=kv_heads[0])),
         "window": pad_page(
-            spec_of(SlidingWindowSpec, num_kv_heads=kv_heads[1], sliding_window=128), 16
+            spec_of(SlidingWindowSpec, num_kv_heads=kv_heads[1], sliding_window=128)
         ),
     }
     unified = unify_kv_cache_spec_page_size(specs)
@@ -133,22 +129,22 @@ def test_layers_of_different_pages_come_to_one_size(kv_heads: tuple[int, int]) -
     assert unified["window"].block_size == 16
     for spec in unified.values():
         cache = allocate(spec, KVCacheLayout.LBNHC)[1]
-        v_means_view(cache, 16, torch.bfloat16).fill_(1)
+        v_means_view(cache, torch.bfloat16).fill_(1)
         assert (cache == 0).all()
 
 
 @pytest.mark.parametrize("mamba_elements", [1000, 30000])
 def test_hybrid_models_with_mamba_layers(mamba_elements: int) -> None:
-    attention = pad_page(spec_of(), 16)
+    attention = pad_page(spec_of())
     mamba = MambaSpec(shapes=((mamba_elements,),), dtypes=(torch.bfloat16,), block_size=16)
     unified = unify_kv_cache_spec_page_size({"attention": attention, "mamba": mamba})
     assert len({spec.page_size_bytes for spec in unified.values()}) == 1
     cache = allocate(unified["attention"], KVCacheLayout.LBNHC)[0]
-    assert v_means_view(cache, 16, torch.bfloat16).shape == (NUM_BLOCKS, 3, 1, 80)
+    assert v_means_view(cache, torch.bfloat16).shape == (NUM_BLOCKS, 3, 1, 80)
 
 
 def test_layers_of_other_backends_keep_their_pages() -> None:
-    ours, other = pad_page(spec_of(), 16), spec_of(num_kv_heads=6)
+    ours, other = pad_page(spec_of()), spec_of(num_kv_heads=6)
     unified = unify_kv_cache_spec_page_size({"ours": ours, "other": other})
     assert unified["ours"].page_size_bytes == unified["other"].page_size_bytes
     assert unified["ours"].block_size == unified["other"].block_size == 16
@@ -182,7 +178,7 @@ def test_layers_of_one_engine_do_not_overlap(
         parts = []
         for layer in (layers[name] for name in group.layer_names):
             kv = layer.kv_cache
-            means = v_means_view(kv, 16, torch.bfloat16)
+            means = v_means_view(kv, torch.bfloat16)
             parts += [kv if kv.dtype == torch.bfloat16 else kv.view(torch.uint8), means]
         for number, part in enumerate(parts, 1):
             part.fill_(number)
@@ -195,15 +191,15 @@ def test_a_promoted_window_layer_without_room_is_refused() -> None:
     pages keep their size.
     """
     specs = {
-        "full": pad_page(spec_of(block_size=64), 16),
-        "window": pad_page(spec_of(SlidingWindowSpec, block_size=16, sliding_window=128), 16),
+        "full": pad_page(spec_of(block_size=256)),
+        "window": pad_page(spec_of(SlidingWindowSpec, block_size=64, sliding_window=128)),
     }
     for spec in specs.values():
-        check_room(spec, 16)
+        check_room(spec)
     unify_hybrid_kv_cache_specs(specs)
-    assert specs["window"].block_size == 64
-    with pytest.raises(ValueError, match="pages of 64 tokens have .* they need .*backend_per_kind"):
-        check_room(specs["window"], 16)
+    assert specs["window"].block_size == 256
+    with pytest.raises(ValueError, match="pages of 256 tokens have .* need .*backend_per_kind"):
+        check_room(specs["window"])
 
 
 @needs_interpreter

@@ -34,7 +34,7 @@ from vllm_toptheta.backend.gpu import TopThetaGPUBackend, TopThetaGPUImpl  # noq
 pytestmark = needs_interpreter
 
 
-def test_what_the_kernels_lack_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_kernels_lack_is_refused() -> None:
     with pytest.raises(ValueError, match="ALiBi"):
         make_layer(configure(), alibi_slopes=[1.0] * HEADS)
     with (
@@ -42,9 +42,6 @@ def test_what_the_kernels_lack_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
         pytest.raises(ValueError, match="chunked attention"),
     ):
         TopThetaGPUImpl(HEADS, HEAD_DIM, 1.0, KV_HEADS, None, None, "auto", chunk_lookback=1)
-    monkeypatch.setattr(gpu, "_device_limits", lambda device: ("", 304, 4 << 10))
-    with pytest.raises(ValueError, match="choose a smaller group_size"):
-        make_builder(monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +74,7 @@ def test_heads_that_are_not_the_tables_are_refused(monkeypatch: pytest.MonkeyPat
     config = configure()
     for name in NAMES:
         make_layer(config, name, num_heads=HEADS // 2)
-    with pytest.raises(ValueError, match="2 query heads on each of 1 ranks, the threshold table"):
+    with pytest.raises(ValueError, match="2 query heads on each of 1 ranks, the model has 4"):
         make_groups(monkeypatch, config)
 
 
@@ -110,7 +107,7 @@ def test_capability_flags_are_honest(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert TopThetaGPUBackend.validate_configuration(**fields) == []
     for change in (
-        {"head_size": 48},
+        {"head_size": 24},
         {"head_size": 576},
         {"dtype": torch.float32},
         {"kv_cache_dtype": "fp8_e5m2"},
@@ -130,6 +127,13 @@ def test_capability_flags_are_honest(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         assert TopThetaGPUBackend.validate_configuration(**(fields | change)), change
     assert KVCacheLayout.LHBNC not in TopThetaGPUBackend.supported_kv_cache_layouts()
+
+
+def test_blocks_hold_whole_groups_unless_asked_otherwise() -> None:
+    assert TopThetaGPUBackend.get_preferred_block_size(16) == 64
+    assert TopThetaGPUBackend.get_preferred_block_size(128) == 128
+    assert TopThetaGPUBackend.supports_block_size(16)
+    assert not TopThetaGPUBackend.supports_block_size(8)
 
 
 def test_the_platform_chooses_the_class(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,23 +25,15 @@ from triton_interpreter import needs_interpreter  # noqa: E402
 
 from vllm_toptheta.backend import gpu  # noqa: E402
 from vllm_toptheta.backend.gpu_warmup import warm_up  # noqa: E402
-from vllm_toptheta.kernels import (  # noqa: E402
-    triton_counts,
-    triton_decode,
-    triton_means,
-    triton_prefill,
-    triton_theta,
-)
+from vllm_toptheta.kernels.triton import counts, decode, means, prefill  # noqa: E402
 
 pytestmark = needs_interpreter
 
 KERNELS = {
-    "_split_kernel": triton_decode,
-    "_merge_kernel": triton_decode,
-    "_update_v_means_kernel": triton_means,
-    "_lookup_theta_kernel": triton_theta,
-    "_count_kernel": triton_counts,
-    "_prefill_kernel": triton_prefill,
+    name: module
+    for module in (counts, decode, means, prefill)
+    for name in vars(module)
+    if name.endswith("_kernel")
 }
 
 
@@ -81,11 +73,11 @@ def test_every_kernel_of_a_step_is_compiled_before(
     def serve() -> None:
         for queries in ([1, 1, 1], [1, 1, 40], [40, 30]):
             batch = Batch([70] * len(queries), queries)
-            metadata, counts = recorded_build(builder, batch.common())
+            metadata, step = recorded_build(builder, batch.common())
             query = torch.zeros(sum(queries), HEADS, HEAD_DIM, dtype=torch.bfloat16)
             for layer in layers:
                 run_layer(layer.impl, batch, metadata, query)
-            counts.totals()
+            step.totals()
 
     served = constants(monkeypatch, serve)
     assert set(served) == set(KERNELS) - (set() if phases == "both" else {"_prefill_kernel"})

@@ -1,6 +1,7 @@
 """Side data inside vLLM's pages: its memory is in the spec, and the parts of an allocated cache do
 not overlap."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,8 +20,8 @@ from vllm.v1.kv_cache_layout import KVCacheLayout  # noqa: E402
 from vllm.v1.worker.utils import allocate_kv_cache  # noqa: E402
 
 from vllm_toptheta.backend.cpu import TopThetaCPUBackend  # noqa: E402
-from vllm_toptheta.backend.sidecar import enlarge_page  # noqa: E402
-from vllm_toptheta.kernels.api import PageLayout  # noqa: E402
+from vllm_toptheta.backend.sidecar import check_page, enlarge_page  # noqa: E402
+from vllm_toptheta.kernels.layout import PageLayout  # noqa: E402
 
 
 def spec_of(**kwargs: Any) -> FullAttentionSpec:
@@ -28,30 +29,38 @@ def spec_of(**kwargs: Any) -> FullAttentionSpec:
     return FullAttentionSpec(**{**defaults, **kwargs})
 
 
-@pytest.mark.parametrize(("group_size", "share"), [(16, 1 / 32), (64, 1 / 128)])
-def test_the_page_grows_by_one_v_row_per_group(group_size: int, share: float) -> None:
-    plain = spec_of()
-    enlarged = enlarge_page(plain, group_size)
+@pytest.mark.parametrize(("block_size", "share"), [(128, 1 / 128), (64, 1 / 128), (32, 1 / 64)])
+def test_the_page_grows_by_one_v_row_per_group(block_size: int, share: float) -> None:
+    plain = spec_of(block_size=block_size)
+    enlarged = enlarge_page(plain)
     assert enlarged.page_size_bytes == plain.page_size_bytes * (1 + share)
-    assert enlarge_page(enlarged, group_size) == enlarged
+    assert enlarge_page(enlarged) == enlarged
+    check_page(enlarged, PageLayout(block_size, 64))
+
+
+def test_a_block_that_changed_afterwards_is_refused_where_its_groups_are_smaller() -> None:
+    spec = enlarge_page(spec_of(block_size=128))
+    check_page(replace(spec, block_size=64), PageLayout(64, 64))
+    with pytest.raises(ValueError, match="pages of 32 take 260 bytes.* --block-size 128"):
+        check_page(replace(spec, block_size=32), PageLayout(32, 64))
 
 
 def test_vllm_asks_for_windowed_layers_before_it_knows_their_block_size() -> None:
     spec = SlidingWindowSpec(
         block_size=1, num_kv_heads=3, head_size=64, dtype=torch.bfloat16, sliding_window=512
     )
-    assert TopThetaCPUBackend.customize_spec(spec).state_content_size_bytes == (2 * 64 + 4) * 2
+    assert TopThetaCPUBackend.customize_spec(spec).state_content_size_bytes == (2 * 64 + 1) * 2
 
 
 def test_k_and_v_of_different_widths_are_refused() -> None:
     with pytest.raises(ValueError, match="64 and 32"):
-        enlarge_page(spec_of(head_size_v=32), 16)
+        enlarge_page(spec_of(head_size_v=32))
 
 
 @pytest.mark.parametrize("head_size", [64, 80, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_parts_of_an_allocated_cache_do_not_overlap(head_size: int, dtype: torch.dtype) -> None:
-    spec = enlarge_page(spec_of(head_size=head_size, dtype=dtype), 32)
+    spec = enlarge_page(spec_of(head_size=head_size, dtype=dtype))
     layers, num_blocks = ["first", "second"], 5
     size = spec.page_size_bytes * num_blocks
     config = KVCacheConfig(
@@ -64,11 +73,11 @@ def test_parts_of_an_allocated_cache_do_not_overlap(head_size: int, dtype: torch
         kv_cache_groups=[KVCacheGroupSpec(layers, spec)],
     )
     caches = allocate_kv_cache(config, torch.device("cpu"), KVCacheLayout.LBHNC)
-    layout = PageLayout(spec.block_size, head_size, 32)
+    layout = PageLayout(spec.block_size, head_size)
 
     def parts() -> list[torch.Tensor]:
-        views = [layout.views(cache) for cache in caches.values()]
-        return [part for view in views for part in (view.key_cache, view.value_cache, view.v_means)]
+        parts = (layout.keys, layout.values, layout.v_means)
+        return [part(cache) for cache in caches.values() for part in parts]
 
     for number, part in enumerate(parts()):
         part.fill_(number)

@@ -118,7 +118,7 @@ def test_the_entry_script_adds_the_backend_and_keeps_every_argument(
         "org/model",
         "--served-model-name",
         "a b",
-        '--additional-config={"toptheta": {"k": 9}}',
+        '--additional-config={"toptheta": {"min_prob": 0.01}}',
     ]
     assert entry(fake_vllm, *given) == ["serve", *given, *DEFAULT]
     assert entry({**fake_vllm, "PORT": "81"}, "m") == ["serve", "m", *DEFAULT, "--port", "81"]
@@ -213,7 +213,7 @@ def test_compose_resolves_and_limits_every_service(profile: str) -> None:
     assert server["environment"]["VLLM_API_KEY"] == "key-1"
     assert not any("key-1" in argument for argument in server["command"])
     options = server["command"][-1].removeprefix("--additional-config=")
-    assert json.loads(options) == {"toptheta": {"k": 128}}
+    assert json.loads(options) == {"toptheta": {"min_prob": 0.001}}
     assert ("devices" in str(server["deploy"])) == (profile == "gpu")
 
 

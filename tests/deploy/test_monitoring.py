@@ -49,7 +49,7 @@ def test_every_alert_is_unit_tested_both_ways() -> None:
 
 def test_rules_and_dashboard_name_series_that_exist() -> None:
     registry = CollectorRegistry()
-    Metrics("m", {"k": "1"}, registry=registry)
+    Metrics("m", {"min_prob": "0.001"}, registry=registry)
     exist = set()
     for family in registry.collect():
         exist |= {

@@ -15,11 +15,11 @@ pytest.importorskip("vllm", reason="needs an installed vLLM")
 
 from openai import OpenAI  # noqa: E402
 from server import Server  # noqa: E402
-from tables import save_flat_table  # noqa: E402
 
 ENV = {"VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}"}
 OPTIONS = ["--dtype", "float32", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(1 << 29)]
-KEEP_ALL = -1e30
+KEEP_ALL = 1e-300
+"""A min_prob that every key reaches: the whole Top-theta path, and dense answers."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -64,13 +64,6 @@ def generate(
     return answers
 
 
-@pytest.fixture(scope="session")
-def keep_all_table(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Thresholds that every key reaches: the whole Top-theta path, and dense answers."""
-    path = tmp_path_factory.mktemp("tables") / "keep-all.safetensors"
-    return save_flat_table(smollm2, KEEP_ALL, path)
-
-
 @pytest.fixture(scope="module")
 def stock(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAI]:
     """Stock vLLM."""
@@ -80,20 +73,18 @@ def stock(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[O
 
 
 @pytest.fixture(scope="module")
-def keep_all(
-    smollm2: Path, keep_all_table: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[OpenAI]:
+def keep_all(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAI]:
     """Top-theta that keeps everything, with little KV memory and small prefill chunks."""
     folder = tmp_path_factory.mktemp("keep_all")
     tight = ["--num-gpu-blocks-override", "17", "--max-num-batched-tokens", "256"]
-    options = {"thresholds": str(keep_all_table), "k": 16, "min_kv_len": 0}
+    options = {"thresholds": "none", "min_prob": KEEP_ALL, "min_kv_len": 0}
     with serve(smollm2, folder, "--enforce-eager", *tight, toptheta=options) as server:
         yield client_of(server)
 
 
 @pytest.fixture(scope="module")
 def pruning(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAI]:
-    """Top-theta with the shipped thresholds, compiled by vLLM."""
+    """Top-theta with the shipped table, compiled by vLLM."""
     folder = tmp_path_factory.mktemp("pruning")
     options = {"k": 64, "min_kv_len": 256}
     with serve(smollm2, folder, toptheta=options) as server:

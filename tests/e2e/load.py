@@ -12,7 +12,10 @@ from typing import Any
 from openai import AsyncOpenAI
 
 LAYERS, HEADS, KV_HEADS = 30, 9, 3
-SHOWN = ("rows", "keys_scored", "keys_kept", "v_rows_scored", "v_rows_read")
+GROUP = HEADS // KV_HEADS
+SHOWN = ("rows", "keys_scored", "keys_kept", "v_rows_scored", "v_rows_read", "rows_lifted")
+_COUNTED = (*SHOWN, "dense")
+_RECOUNTED = (*_COUNTED, "mass")
 TEXT = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
 
 
@@ -34,9 +37,9 @@ class Sent:
 
 
 def prompt(number: int) -> str:
-    """Some 50 to 90 tokens that no other request starts with."""
+    """Some 130 to 200 tokens that no other request starts with: the last 64 are never pruned."""
     start = 700 * number % (len(TEXT) - 800)
-    return f"Text {number}: {TEXT[start : start + 200 + 37 * number % 120]}"
+    return f"Text {number}: {TEXT[start : start + 500 + 37 * number % 120]}"
 
 
 class Load:
@@ -50,6 +53,7 @@ class Load:
             self._stream,
             self._stream_with_usage,
             self._own_k,
+            self._own_min_prob,
             self._off,
             self._stop_string,
             self._aborted_stream,
@@ -105,6 +109,18 @@ class Load:
         sent = await self._whole(text, tokens, kind="own k", extra_body={"vllm_xargs": xargs})
         assert sent.shown is not None
         assert sent.shown["k"] == k
+        assert sent.shown["min_prob"] is None
+        assert sent.shown["target_ratio"] is not None
+        return sent
+
+    async def _own_min_prob(self, text: str, tokens: int) -> Sent:
+        xargs = {"toptheta_min_prob": 0.08, "toptheta_min_mass": 0.8, "toptheta_layers": True}
+        sent = await self._whole(
+            text, tokens, kind="own min_prob", extra_body={"vllm_xargs": xargs}
+        )
+        assert sent.shown is not None
+        settings = [sent.shown[name] for name in ("k", "min_prob", "min_mass", "target_ratio")]
+        assert settings == [None, 0.08, 0.8, None]
         return sent
 
     async def _off(self, text: str, tokens: int) -> Sent:
@@ -136,7 +152,7 @@ class Load:
         return await self._whole(text, tokens, kind="n", n=2, temperature=1)
 
     async def _two_prompts(self, text: str, tokens: int) -> Sent:
-        return await self._whole([text, text[7:180]], tokens, kind="prompts")
+        return await self._whole([text, text[7:480]], tokens, kind="prompts")
 
     async def _chat_stream(self, text: str, tokens: int) -> Sent:
         stream = await self._client.chat.completions.create(
@@ -145,7 +161,7 @@ class Load:
             max_tokens=tokens,
             temperature=0,
             stream=True,
-            extra_body={"ignore_eos": True, "vllm_xargs": {"toptheta_k": 40}},
+            extra_body={"ignore_eos": True, "vllm_xargs": {"toptheta_min_prob": 0.03}},
         )
         return await self._read_stream("chat", stream, tokens)
 
@@ -157,7 +173,7 @@ class Load:
 
 
 def counts(shown: dict[str, Any]) -> dict[str, int]:
-    """The numbers that the kernel's tensors can confirm."""
+    """The numbers that the kernel's tensors can confirm; see also `kept_mass`."""
     result = {name: shown[name] for name in SHOWN}
     result["dense"] = sum(v for reason, v in shown["dense_rows"].items() if reason != "prefill")
     return result
@@ -167,28 +183,31 @@ class Recount:
     """What the decode kernel returned, from the file of the test plug-in.
 
     Attributes:
-        steps: per request of the engine, the running totals after each of its steps.
+        steps: per request of the engine, the running totals after each of its steps; with "mass",
+            the sum of the kept shares.
     """
 
     def __init__(self, path: Path) -> None:
-        self.steps: dict[str, list[dict[str, int]]] = defaultdict(list)
+        self.steps: dict[str, list[dict[str, Any]]] = defaultdict(list)
         calls: dict[str, int] = defaultdict(int)
         for line in path.read_text().splitlines():
-            for name, seen, kept, read, dense in json.loads(line):
+            for name, seen, kept, mass, lifts, dense in json.loads(line):
                 if calls[name] % LAYERS == 0:
                     last = self.steps[name][-1] if calls[name] else {}
-                    self.steps[name].append({key: last.get(key, 0) for key in (*SHOWN, "dense")})
+                    self.steps[name].append({key: last.get(key, 0) for key in _RECOUNTED})
                 calls[name] += 1
                 total = self.steps[name][-1]
-                total["rows"] += len(kept)
-                total["keys_scored"] += seen * len(kept)
-                total["keys_kept"] += sum(kept)
-                total["v_rows_scored"] += seen * len(read)
-                total["v_rows_read"] += sum(read)
-                total["dense"] += dense * len(kept)
+                total["rows"] += HEADS
+                total["keys_scored"] += seen * HEADS
+                total["keys_kept"] += sum(kept) * GROUP
+                total["v_rows_scored"] += seen * KV_HEADS
+                total["v_rows_read"] += sum(kept)
+                total["rows_lifted"] += GROUP * sum(number > 0 for number in lifts)
+                total["dense"] += dense * HEADS
+                total["mass"] += sum(mass)
         assert all(number % LAYERS == 0 for number in calls.values())
 
-    def requests_of(self, response_id: str) -> list[list[dict[str, int]]]:
+    def requests_of(self, response_id: str) -> list[list[dict[str, Any]]]:
         """Steps of the engine's requests that belong to a response."""
         return [steps for name, steps in self.steps.items() if response_id in name]
 
@@ -199,8 +218,14 @@ class Recount:
 
 def add_up(parts: Any) -> dict[str, int]:
     """The sum of counts by name."""
-    total: dict[str, int] = dict.fromkeys((*SHOWN, "dense"), 0)
+    total: dict[str, int] = dict.fromkeys(_COUNTED, 0)
     for part in parts:
         for name in total:
             total[name] += part[name]
     return total
+
+
+def choices_of(shown: dict[str, Any]) -> list[dict[str, Any]]:
+    """The objects of a response's sequences."""
+    choices: list[dict[str, Any]] = shown.get("choices", [shown])
+    return choices

@@ -25,12 +25,12 @@ def main() -> None:
         enforce_eager=True,
         disable_log_stats=False,
         attention_backend="toptheta",
-        additional_config={"toptheta": {"k": 32, "min_kv_len": 64}},
+        additional_config={"toptheta": {"min_prob": 0.01, "min_kv_len": 64}},
     )
     # As good as greedy, which vLLM refuses for n > 1.
     common: dict[str, Any] = {"max_tokens": 8, "ignore_eos": True, "temperature": 0.01}
     settings = [
-        SamplingParams(**common, extra_args={"toptheta_k": 48, "toptheta_layers": True}),
+        SamplingParams(**common, extra_args={"toptheta_min_prob": 0.03, "toptheta_layers": True}),
         SamplingParams(**common, n=2),
         SamplingParams(**common, extra_args={"toptheta": "off"}),
     ]
@@ -44,7 +44,7 @@ def main() -> None:
         "runner": "V2" if llm.llm_engine.vllm_config.use_v2_model_runner else "V1",
     }
     try:
-        llm.generate([TEXT], SamplingParams(extra_args={"toptheta_k": 1}), use_tqdm=False)
+        llm.generate([TEXT], SamplingParams(extra_args={"toptheta_min_prob": 0.5}), use_tqdm=False)
     except VLLMValidationError as error:
         result["error"] = str(error)
     print("RESULT " + json.dumps(result))

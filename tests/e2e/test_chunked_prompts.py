@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 LAYERS, HEADS, LENGTH, BLOCK = 30, 9, 1200, 128
 CACHED = 4 * BLOCK
-CHUNK = 251
+CHUNK, MIN_PROB = 251, 0.004
 ROUNDING = 1e-3
 """GEMMs of another height may round differently, and so move a score over its threshold."""
 
@@ -25,7 +25,7 @@ def answers(smollm2: Path) -> list[list[dict[str, Any]]]:
     prompt, other = ids.input_ids[:LENGTH], ids.input_ids[300 : 300 + LENGTH]
     assert len(prompt) == len(other) == LENGTH
     common = {
-        **toptheta(phases="prefill", k=64, min_kv_len=128),
+        **toptheta(phases="prefill", prefill_min_prob=MIN_PROB, min_kv_len=128, thresholds="none"),
         "max_model_len": 2048,
         # So that the second prompt finds the first one's blocks.
         "max_num_seqs": 1,
@@ -43,12 +43,12 @@ def prompt_counts(answer: dict[str, Any]) -> dict[str, Any]:
     return counts
 
 
-def test_a_k_is_shown_where_it_was_used(answers: list[list[dict[str, Any]]]) -> None:
+def test_a_min_prob_is_shown_where_it_was_used(answers: list[list[dict[str, Any]]]) -> None:
     for answer in (answer for engine in answers for answer in engine):
         shown = answer["summary"]["toptheta"]
-        assert (shown["k"], shown["prefill"]["k"]) == (None, 64)
+        assert (shown["min_prob"], shown["prefill"]["min_prob"]) == (None, MIN_PROB)
         assert shown["dense_rows"]["layer"] == shown["rows"] > 0
-        assert shown["kept_fraction"] == 1
+        assert shown["kept_fraction"] == shown["kept_mass"] == 1
         assert shown["target_ratio"] is None
 
 
@@ -65,7 +65,8 @@ def test_odd_chunks_keep_what_the_whole_prompt_keeps(
     assert cut["rows"] == whole["rows"]
     assert cut["keys_scored"] == whole["keys_scored"]
     assert 0 < whole["keys_kept"] < 0.5 * whole["keys_scored"]
-    for name in ("keys_kept", "v_tiles_read"):
+    assert 0 < whole["kept_mass"] < 1
+    for name in ("keys_kept", "v_tiles_read", "kept_mass"):
         assert cut[name] == pytest.approx(whole[name], rel=ROUNDING)
 
 

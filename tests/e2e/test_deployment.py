@@ -25,6 +25,7 @@ from e2e.load import TEXT
 from e2e.scrape import Prometheus, prometheus
 from openai import OpenAI
 from server import Server
+from tables import save_table
 
 DOCKER = Path(__file__).parent.parent.parent / "docker"
 KEY = "key-of-the-deployment"
@@ -41,22 +42,27 @@ def compose_arguments() -> list[str]:
     return [re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", argument) for argument in command[1:]]
 
 
-def pruning_prompts(argument: str) -> str:
-    """The same argument; options of the plug-in with pruned prompts, so that every panel has
-    data."""
+def with_options(argument: str, **more: str) -> str:
+    """The same argument; options of the plug-in with some more."""
     name, _, value = argument.partition("=")
     if name != "--additional-config":
         return argument
     options = json.loads(value)["toptheta"]
-    return f"{name}={json.dumps({'toptheta': {**options, 'phases': 'both'}})}"
+    return f"{name}={json.dumps({'toptheta': {**options, **more}})}"
 
 
 @pytest.fixture(scope="module")
 def server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("deployment")
     env = {**ENV, **IMAGE_ENV, "TOPTHETA_HOME": str(folder)}
+    # A table, so that requests may ask for a k, and pruned prompts: every panel has data.
+    table = save_table(smollm2, folder / "table.safetensors")
+    arguments = [
+        with_options(argument, thresholds=str(table), phases="both")
+        for argument in compose_arguments()
+    ]
     # Last wins: a short context and little memory keep the test small.
-    arguments = [*map(pruning_prompts, compose_arguments()), *OPTIONS, "--enforce-eager"]
+    arguments += [*OPTIONS, "--enforce-eager"]
     with Server(
         smollm2,
         *arguments,
@@ -87,6 +93,7 @@ def load(server: Server) -> None:
     client = OpenAI(base_url=server.url, api_key=KEY, timeout=600, max_retries=0)
     model = client.models.list().data[0].id
     extras: list[dict[str, Any]] = [{}, {"toptheta_k": 64}, {"toptheta": "off"}]
+    extras.append({"toptheta_min_prob": 0.01, "toptheta_min_mass": 0.6})
 
     def send(number: int) -> None:
         # A common start of more than min_kv_len tokens comes from the prefix cache.
@@ -96,7 +103,7 @@ def load(server: Server) -> None:
             prompt=f"{text} {number}",
             max_tokens=24,
             temperature=0,
-            extra_body={"ignore_eos": True, "vllm_xargs": extras[number % 3]},
+            extra_body={"ignore_eos": True, "vllm_xargs": extras[number // 4 % 4]},
         )
 
     with ThreadPoolExecutor(4) as pool:
@@ -157,7 +164,7 @@ def test_the_entry_script_serves_with_toptheta(server: Server) -> None:
     with urllib.request.urlopen(base(server) + "/metrics") as answer:
         text = answer.read().decode()
     info = next(line for line in text.splitlines() if line.startswith("vllm_toptheta_info{"))
-    assert 'k="128"' in info
+    assert 'min_prob="0.001"' in info
 
 
 def test_the_health_check_says_how_it_is(server: Server) -> None:
@@ -186,7 +193,7 @@ def test_every_query_of_the_dashboard_returns_data(scraped: Scraped) -> None:
 
 def test_every_rule_evaluates_and_finds_its_series(scraped: Scraped) -> None:
     rules = scraped.rules()
-    assert len(rules) == 14
+    assert len(rules) == 17
     problems = []
     for rule in rules:
         assert rule["health"] == "ok", rule

@@ -57,16 +57,17 @@ def test_outputs_of_generate_carry_the_counts(
     own, several, off = (shown["toptheta"] for shown in result["shown"])
     step = 30 * 9
     rows = 7 * step
-    assert (own["k"], own["rows"]) == (48, rows)
+    assert (own["min_prob"], own["rows"]) == (0.03, rows)
     assert sum(own["layers"]["keys_kept"]) == own["keys_kept"] < own["keys_scored"]
     assert "layers" not in several
     assert several["rows"] == 2 * rows
     assert [choice["rows"] for choice in several["choices"]] == [rows, rows]
-    assert off["k"] is None
+    assert several["min_prob"] == 0.01
+    assert off["k"] is off["min_prob"] is None
     # The last one gave way; when it came back, its prefill gave the next token.
     assert off["dense_rows"]["off"] == off["rows"] == rows - step
     assert off["keys_kept"] == off["keys_scored"] > 0
-    assert "between 16 and 1024" in result["error"]
+    assert "between 1e-06 and 0.1" in result["error"]
 
 
 def test_both_runners_agree_to_the_last_count(results: dict[str, dict[str, Any]]) -> None:

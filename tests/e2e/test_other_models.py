@@ -1,12 +1,11 @@
 """A model with sliding windows in every other layer, soft caps and wide heads: the engine answers
-as stock does, and layers whose window is not larger than k are shown as dense."""
+as stock does, and layers whose window is not larger than min_kv_len are shown as dense."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from e2e.conftest import generate, toptheta
-from tables import save_flat_table
+from e2e.conftest import KEEP_ALL, generate, toptheta
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 WINDOW, LAYERS, HEADS, TOKENS = 96, 4, 4, 12
@@ -37,17 +36,19 @@ def gemma2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_windows_and_soft_caps_through_the_engine(gemma2: Path, tmp_path: Path) -> None:
-    table = save_flat_table(gemma2, -1e30, tmp_path / "gemma2.safetensors")
-    options = {"thresholds": str(table), "k": 96, "min_kv_len": 64}
+def test_windows_and_soft_caps_through_the_engine(gemma2: Path) -> None:
+    options = {"thresholds": "none", "min_prob": KEEP_ALL, "min_kv_len": WINDOW}
     stock, ours = generate(gemma2, PROMPTS, TOKENS, [{}, toptheta(**options)])
     assert [answer["ids"] for answer in ours] == [answer["ids"] for answer in stock]
     for prompt, answer in zip(PROMPTS, ours, strict=True):
         summary = answer["summary"]["toptheta"]
-        # The first token comes from the prefill; half of the layers have a window of k keys.
+        # The first token comes from the prefill; half of the layers have a window.
         lengths = [len(prompt) + i for i in range(1, TOKENS)]
         rows = len(lengths) * HEADS
         assert summary["dense_rows"]["window"] == rows * LAYERS // 2
-        assert summary["dense_rows"]["short"] == sum(n <= 96 for n in lengths) * HEADS * LAYERS // 2
+        assert (
+            summary["dense_rows"]["short"]
+            == sum(n <= WINDOW for n in lengths) * HEADS * LAYERS // 2
+        )
         seen = sum(lengths) + sum(min(n, WINDOW) for n in lengths)
         assert summary["keys_scored"] == seen * HEADS * LAYERS // 2

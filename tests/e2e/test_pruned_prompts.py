@@ -18,8 +18,9 @@ from e2e.load import HEADS, LAYERS, TEXT
 from e2e.scrape import prometheus, read_metrics, wait_until_idle
 from openai import OpenAI
 from server import Server
+from tables import save_table
 
-K, PREFILL_K, MIN_KV_LEN = 64, 48, 128
+MIN_PROB, PREFILL, MIN_KV_LEN = 0.004, 0.01, 128
 MIXING = ["--max-num-batched-tokens", "256", "--long-prefill-token-threshold", "90"]
 """Prompts come in small chunks, which leave room for others in the same step."""
 TOKEN = 253
@@ -104,14 +105,21 @@ class Running:
 
 @pytest.fixture(scope="module")
 def running(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    options = {"phases": "both", "k": K, "prefill_k": PREFILL_K, "min_kv_len": MIN_KV_LEN}
+    folder = tmp_path_factory.mktemp("prompts")
+    options = {
+        "thresholds": str(save_table(smollm2, folder / "table.safetensors")),
+        "phases": "both",
+        "min_prob": MIN_PROB,
+        "prefill_min_prob": PREFILL,
+        "min_kv_len": MIN_KV_LEN,
+    }
     with Server(
         smollm2,
         *OPTIONS,
         *MIXING,
         "--enforce-eager",
         toptheta=options,
-        log_path=tmp_path_factory.mktemp("prompts") / "server.log",
+        log_path=folder / "server.log",
         env={**ENV, "VLLM_PLUGINS": "toptheta"},
     ) as server:
         client = client_of(server)
@@ -162,7 +170,15 @@ def test_a_mixed_batch_prunes_each_request_as_it_is_alone(
     assert many.shown["dense_rows"] == one.shown["dense_rows"]
     for counts, expected in ((many.shown, one.shown), (many.prompt, one.prompt)):
         for count, value in expected.items():
-            if count in ("k", "rows", "keys_scored", "v_rows_scored", "v_tiles"):
+            if count in (
+                "k",
+                "min_prob",
+                "min_mass",
+                "rows",
+                "keys_scored",
+                "v_rows_scored",
+                "v_tiles",
+            ):
                 assert counts[count] == value, count
             elif isinstance(value, (int, float)):
                 assert counts[count] == pytest.approx(value, rel=ROUNDING), count
@@ -176,15 +192,17 @@ def test_prompt_rows_are_counted_by_their_lengths(alone: dict[str, Answer], name
     assert answer.prompt["keys_scored"] == tokens * (tokens + 1) // 2 * LAYERS * HEADS
     dense = tokens if off else min(tokens, MIN_KV_LEN)
     assert answer.shown["dense_rows"]["prefill"] == dense * LAYERS * HEADS
-    assert answer.prompt["k"] == (None if off else xargs.get("toptheta_k", PREFILL_K))
-    assert answer.shown["k"] == (None if off else xargs.get("toptheta_k", K))
+    for shown, own in ((answer.shown, MIN_PROB), (answer.prompt, PREFILL)):
+        assert shown["k"] == xargs.get("toptheta_k")
+        assert shown["min_prob"] == (None if xargs else own)
     if off or tokens <= MIN_KV_LEN:
-        assert answer.prompt["kept_fraction"] == 1
+        assert answer.prompt["kept_fraction"] == answer.prompt["kept_mass"] == 1
         assert answer.prompt["v_tiles_skipped"] == 0
     else:
         kept = answer.prompt["keys_kept"] - dense * (dense + 1) // 2 * LAYERS * HEADS
-        rows = answer.prompt["rows"] - dense * LAYERS * HEADS
-        assert 0.5 < kept / rows / answer.prompt["k"] < 1.5
+        scored = answer.prompt["keys_scored"] - dense * (dense + 1) // 2 * LAYERS * HEADS
+        assert 0 < kept < 0.5 * scored
+        assert 0 < answer.prompt["kept_mass"] < 1
         assert 0 < answer.prompt["v_tiles_skipped"] < answer.prompt["v_tiles"]
 
 
@@ -209,8 +227,8 @@ def told(running: Running, tmp_path_factory: pytest.TempPathFactory) -> Told:
     kinds: dict[str, Any] = {
         "whole": {"xargs": {}},
         "stream": {"xargs": {}, "stream": True},
-        "k 16": {"xargs": {"toptheta_k": 16}},
-        "k 96": {"xargs": {"toptheta_k": 96}},
+        "fewer": {"xargs": {"toptheta_min_prob": 0.05}},
+        "more": {"xargs": {"toptheta_min_prob": 0.001}},
         "off": {"xargs": {"toptheta": "off"}},
         "two": {"xargs": {}, "n": 2},
     }
@@ -243,10 +261,11 @@ def test_a_stream_tells_about_its_prompt_what_a_whole_response_tells(told: Told)
 
 
 def test_requests_choose_what_their_prompts_keep(told: Told) -> None:
-    names = ("k 16", "whole", "k 96", "off")
+    names = ("fewer", "whole", "more", "off")
     prompts = [told.answers[name].prompt for name in names]
-    assert [prompt["k"] for prompt in prompts] == [16, PREFILL_K, 96, None]
-    assert [told.answers[name].shown["k"] for name in names] == [16, K, 96, None]
+    assert [prompt["min_prob"] for prompt in prompts] == [0.05, PREFILL, 0.001, None]
+    shown = [told.answers[name].shown["min_prob"] for name in names]
+    assert shown == [0.05, MIN_PROB, 0.001, None]
     assert len({prompt["keys_scored"] for prompt in prompts}) == 1
     for count in ("keys_kept", "v_tiles_read"):
         values = [prompt[count] for prompt in prompts]
@@ -282,10 +301,12 @@ def test_prometheus_has_the_same_numbers(told: Told) -> None:
 @pytest.mark.parametrize(
     ("first", "second", "shared"),
     [
-        ({}, {"toptheta_k": K}, False),  # whose prompt is to keep K keys a row
-        ({"toptheta_k": K}, {}, False),
-        ({}, {"toptheta_k": PREFILL_K}, False),  # so are its generated rows
-        ({"toptheta_k": K}, {"toptheta_k": K}, True),
+        ({}, {"toptheta_min_prob": MIN_PROB}, False),  # whose prompt is to keep more
+        ({"toptheta_min_prob": MIN_PROB}, {}, False),
+        ({}, {"toptheta_min_prob": PREFILL}, False),  # so are its generated rows
+        ({"toptheta_min_prob": MIN_PROB}, {"toptheta_min_prob": MIN_PROB}, True),
+        ({"toptheta_k": 64}, {"toptheta_k": 64}, True),
+        ({"toptheta_k": 64}, {"toptheta_k": 65}, False),
         ({}, {"toptheta": "on", "toptheta_layers": True}, True),
         ({}, {"toptheta": "off"}, False),
     ],
@@ -302,12 +323,17 @@ def test_prompts_are_shared_only_where_they_keep_the_same_keys(
 
 def test_the_page_tells_about_prompts(running: Running, told: Told) -> None:
     config = running.get("/toptheta/config")["config"]
-    assert (config["phases"], config["k"], config["prefill_k"]) == ("both", K, PREFILL_K)
+    assert (config["phases"], config["min_prob"], config["prefill_min_prob"]) == (
+        "both",
+        MIN_PROB,
+        PREFILL,
+    )
     stats = running.get("/toptheta/stats")
-    assert (stats["total"]["k"], stats["total"]["prefill"]["k"]) == (K, PREFILL_K)
-    assert 0 < stats["total"]["prefill"]["kept_fraction"] < 1
+    total = stats["total"]
+    assert (total["min_prob"], total["prefill"]["min_prob"]) == (MIN_PROB, PREFILL)
+    assert 0 < total["prefill"]["kept_fraction"] < 1
     settings = {request["setting"] for request in stats["requests"]}
-    assert settings == {"default", "k", "off"}
+    assert settings == {"default", "min_prob", "off"}
 
 
 @pytest.mark.skipif(PROGRAM is None, reason="needs the program chromium")
@@ -315,7 +341,7 @@ def test_the_page_in_a_real_browser(running: Running, told: Told, tmp_path: Path
     with browser(tmp_path) as page:
         page.open(running.base + "/toptheta", width=1200, height=900, dark=False)
         page.wait("!document.getElementById('content').hidden")
-        assert f"k {K}, prompts k {PREFILL_K}" in page.run(
+        assert f"min_prob {MIN_PROB}, prompts min_prob {PREFILL}" in page.run(
             "document.getElementById('model').textContent"
         )
         assert "of scored keys kept in prompts" in page.run(
@@ -323,11 +349,11 @@ def test_the_page_in_a_real_browser(running: Running, told: Told, tmp_path: Path
         )
         cells = page.run(
             "[...document.querySelectorAll('#requests tr')].map((row) =>"
-            " [2, 8, 9].map((i) => row.cells[i].innerText))"
+            " [2, 10, 12].map((i) => row.cells[i].innerText))"
         )
-        assert {(k, prompt_k) for k, prompt_k, _ in cells} >= {
-            (str(K), str(PREFILL_K)),
-            ("96", "96"),
+        assert {(own, of_prompt) for own, of_prompt, _ in cells} >= {
+            (str(MIN_PROB), str(PREFILL)),
+            ("0.001", "0.001"),
             ("off", "off"),
         }
         assert all(kept.endswith(" %") for _, _, kept in cells)

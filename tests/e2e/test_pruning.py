@@ -1,4 +1,4 @@
-"""The real server with the shipped thresholds: answers, summaries, concurrency, aborts,
+"""The real server with the shipped table: answers, summaries, concurrency, aborts,
 prefix-cache hits."""
 
 import pydoc_data.topics
@@ -8,7 +8,7 @@ from typing import Any
 from e2e.asking import complete, summary
 from openai import OpenAI
 
-LAYERS, HEADS = 30, 9
+LAYERS, HEADS, KV_HEADS = 30, 9, 3
 TEXT = pydoc_data.topics.topics["operator-summary"] + pydoc_data.topics.topics["exceptions"]
 TEXT += pydoc_data.topics.topics["naming"] + pydoc_data.topics.topics["class"]
 
@@ -24,15 +24,20 @@ def check(answer: Any) -> None:
     assert counts["dense_rows"]["short"] == short
     if short == rows:
         assert counts["keys_kept"] == counts["keys_scored"]
+        assert counts["kept_mass"] == 1
     else:
         assert 0 < counts["keys_kept"] < counts["keys_scored"]
         assert 0 < counts["v_rows_read"] < counts["v_rows_scored"]
+        assert counts["keys_kept"] == counts["v_rows_read"] * HEADS // KV_HEADS
+        assert 0 < counts["kept_mass"] < 1
 
 
 def test_long_rows_are_pruned_to_about_k_and_short_ones_run_dense(pruning: OpenAI) -> None:
     long = complete(pruning, TEXT[:6000])
     check(long)
     counts = summary(long)
+    assert (counts["k"], counts["min_prob"]) == (64, None)
+    assert 0.5 < counts["target_ratio"] < 1.5
     assert 0.5 < counts["keys_kept"] / counts["rows"] / 64 < 1.5
     check(complete(pruning, TEXT[:300]))
 
@@ -70,3 +75,35 @@ def test_chat(pruning: OpenAI) -> None:
     )
     check(answer)
     assert answer.choices[0].message.content
+
+
+def test_requests_choose_how_much_of_a_row_is_kept(pruning: OpenAI) -> None:
+    settings: list[dict[str, Any]] = [
+        {"toptheta_min_prob": 0.05, "toptheta_min_mass": 0},
+        {"toptheta_min_prob": 0.002, "toptheta_min_mass": 0},
+        {"toptheta_min_prob": 0.05, "toptheta_min_mass": 0.95},
+        {"toptheta_k": 256},
+        {"toptheta": "off"},
+    ]
+
+    def ask(xargs: dict[str, Any]) -> dict[str, Any]:
+        body = {"ignore_eos": True, "vllm_xargs": xargs, "allowed_token_ids": [253]}
+        answer = pruning.completions.create(
+            model=pruning.models.list().data[0].id,
+            prompt=TEXT[:6000],
+            max_tokens=8,
+            extra_body=body,
+        )
+        check(answer) if xargs != {"toptheta": "off"} else None
+        return summary(answer)
+
+    with ThreadPoolExecutor(len(settings)) as pool:
+        few, more, floor, many, all_ = pool.map(ask, settings)
+    assert few["keys_kept"] < more["keys_kept"] < many["keys_kept"] < all_["keys_kept"]
+    assert few["kept_mass"] < more["kept_mass"] < all_["kept_mass"] == 1
+    assert few["rows_lifted"] == more["rows_lifted"] == all_["rows_lifted"] == 0
+    assert few["keys_kept"] < floor["keys_kept"]
+    assert 0.95 < floor["kept_mass"] < 1
+    assert 0 < floor["rows_lifted"] < floor["rows"]
+    shown = [[one[name] for name in ("k", "min_prob", "min_mass")] for one in (floor, many, all_)]
+    assert shown == [[None, 0.05, 0.95], [256, None, 0], [None, None, None]]

@@ -17,10 +17,23 @@ from typing import Any
 import pytest
 from e2e.browser import PROGRAM, browser
 from e2e.conftest import ENV, OPTIONS
-from e2e.load import LAYERS, SHOWN, TEXT, Load, Recount, Sent, add_up, counts
+from e2e.load import (
+    HEADS,
+    KV_HEADS,
+    LAYERS,
+    SHOWN,
+    TEXT,
+    Load,
+    Recount,
+    Sent,
+    add_up,
+    choices_of,
+    counts,
+)
 from e2e.scrape import prometheus, read_metric, read_metrics, wait_until_idle
 from openai import AsyncOpenAI, BadRequestError, OpenAI
 from server import Server
+from tables import save_table
 
 KEY = "secret-of-the-test"
 NUM_REQUESTS = int(os.environ.get("TOPTHETA_LOAD", "200"))
@@ -54,7 +67,8 @@ class Running:
 
 
 def start(model: Path, folder: Path, *args: str, env: dict[str, str] | None = None) -> Server:
-    options = {"k": 24, "min_kv_len": 32, "max_k": 512}
+    table = save_table(model, folder / "table.safetensors")
+    options = {"thresholds": str(table), "min_prob": 0.02, "min_kv_len": 32, "max_k": 128}
     plug_ins = {
         **ENV,
         "PYTHONPATH": str(Path(__file__).parent / "recount"),
@@ -142,13 +156,19 @@ def totals(metrics: dict[tuple[str, str], float], reported: bool = False) -> dic
 
 def test_every_kind_of_request_ran_and_was_pruned(outcome: Outcome) -> None:
     kinds = {sent.kind for sent in outcome.sent}
-    assert len(kinds) == 12
+    assert len(kinds) == 13
     for sent in outcome.sent:
         if sent.shown is not None and sent.kind not in ("off", "responses", "stop"):
             assert 0 < sent.shown["keys_kept"] < sent.shown["keys_scored"], sent
+            assert 0 < sent.shown["kept_mass"] < 1, sent
+        if sent.kind == "own min_prob":
+            assert sent.shown is not None
+            assert sent.shown["rows_lifted"] > 0
+            assert sent.shown["kept_mass"] > 0.8
         if sent.kind == "off":
             assert sent.shown is not None
-            assert sent.shown["k"] is None
+            assert sent.shown["k"] is sent.shown["min_prob"] is sent.shown["min_mass"] is None
+            assert sent.shown["kept_mass"] == 1
             assert sent.shown["dense_rows"]["off"] == sent.shown["rows"] > 0
 
 
@@ -162,9 +182,11 @@ def test_every_response_shows_what_the_kernel_returned(outcome: Outcome) -> None
             # The engine runs on until it learns that the server found the stop string.
             assert sent.completion_tokens is not None
             before = steps[0][: sent.completion_tokens - 1] if steps else []
-            assert counts(sent.shown) == (before[-1] if before else add_up([])), sent
+            assert counts(sent.shown) == add_up(before[-1:]), sent
             continue
         assert counts(sent.shown) == add_up(request[-1] for request in steps), sent
+        mass = sum(request[-1]["mass"] for request in steps)
+        assert sent.shown["kept_mass"] == pytest.approx(mass / sent.shown["rows"], abs=2e-6), sent
         if sent.kind in ("n", "prompts"):
             shown = [counts(choice) for choice in sent.shown["choices"]]
             assert sorted(map(str, shown)) == sorted(str(request[-1]) for request in steps)
@@ -172,11 +194,13 @@ def test_every_response_shows_what_the_kernel_returned(outcome: Outcome) -> None
         elif sent.kind != "responses":
             assert sent.completion_tokens is not None
             assert sent.shown["rows"] == (sent.completion_tokens - 1) * 270
-        if sent.kind == "own k":
+        if sent.kind.startswith("own"):
             layers = sent.shown["layers"]
             for name in SHOWN:
                 assert len(layers[name]) == LAYERS
                 assert sum(layers[name]) == sent.shown[name]
+            mean = sum(layers["kept_mass"]) / LAYERS
+            assert mean == pytest.approx(sent.shown["kept_mass"], abs=2e-6)
 
 
 def test_choices_stand_in_the_order_of_the_response(outcome: Outcome) -> None:
@@ -193,6 +217,15 @@ def test_metrics_are_the_recount_and_reported_is_the_sum_of_the_responses(
     responses = add_up(counts(sent.shown) for sent in outcome.sent if sent.shown is not None)
     assert totals(outcome.metrics, reported=True) == responses
     assert totals(outcome.metrics) == outcome.recount.total()
+    masses = [
+        choice["kept_mass"]
+        for sent in outcome.sent
+        if sent.shown is not None
+        for choice in choices_of(sent.shown)
+        if choice["rows"]
+    ]
+    assert outcome.metrics["kept_mass_count", ""] == len(masses)
+    assert outcome.metrics["kept_mass_sum", ""] == pytest.approx(sum(masses))
     aborted = totals(outcome.metrics)["rows"] - responses["rows"]
     assert aborted > 0, "aborted requests did nothing"
     assert outcome.metrics["telemetry_errors_total", "server"] == 0
@@ -208,21 +241,31 @@ def test_prometheus_has_the_same_numbers(outcome: Outcome) -> None:
     settings = {
         key[1]: value for key, value in outcome.scraped.items() if key[0] == "requests_total"
     }
-    assert settings["off"] == sum(sent.kind == "off" for sent in outcome.sent)
+    for setting, kinds in (
+        ("off", ["off"]),
+        ("k", ["own k"]),
+        ("min_prob", ["own min_prob", "chat"]),
+    ):
+        assert settings[setting] == sum(sent.kind in kinds for sent in outcome.sent)
 
 
 def test_the_page_shows_the_heads_of_the_same_rows(running: Running, outcome: Outcome) -> None:
     stats = running.get("/toptheta/stats")
     assert stats["heads_problem"] is None
-    cells = [cell for layer in stats["heads"] for cell in layer]
+    cells = [cell for layer in stats["heads"]["v_rows"] for cell in layer]
+    shares = [share for layer in stats["heads"]["kept_mass"] for share in layer]
     total = outcome.recount.total()
-    assert sum(kept for kept, _ in cells) >= total["keys_kept"]
-    assert len(cells) == 270
+    assert sum(read for read, _ in cells) >= total["v_rows_read"]
+    assert (len(cells), len(shares)) == (LAYERS * KV_HEADS, LAYERS * HEADS)
+    assert all(0 < share <= 1 for share in shares)
+    assert sum(shares) / len(shares) == pytest.approx(stats["total"]["kept_mass"], abs=1e-5)
     assert 20 < len(stats["requests"]) <= 50
     assert stats["total"]["rows"] >= total["rows"]
-    assert running.get("/toptheta/thresholds")["metadata"]["allocation"] == "lost_mass"
+    assert running.get("/toptheta/thresholds")["metadata"]["min_prob"] == 0.001
     config = running.get("/toptheta/config")
-    assert config["requests_may_ask_for"] == {"min_k": 16, "max_k": 512, "off": True}
+    may = {"min_prob": [1e-6, 0.1], "min_mass": [0, 0.95], "k": [1, 128], "off": True}
+    assert config["requests_may_ask_for"] == may
+    assert config["server"]["decode"] == {"min_prob": 0.02, "min_mass": 0, "k": None}
     assert not any(TEXT[i : i + 30] in json.dumps(stats) for i in range(0, 4000, 10))
 
 
@@ -257,12 +300,16 @@ def test_the_page_in_a_real_browser(running: Running, outcome: Outcome, tmp_path
         for width, dark in ((1200, False), (1200, True), (390, False), (390, True)):
             page.open(running.base + "/toptheta", width=width, height=844, dark=dark)
             page.wait("!document.getElementById('content').hidden")
-            assert page.run("document.querySelectorAll('#heat rect').length") == LAYERS * 9
+            assert page.run("document.querySelectorAll('#read rect').length") == LAYERS * KV_HEADS
+            assert page.run("document.querySelectorAll('#mass rect').length") == LAYERS * HEADS
+            assert page.run("document.querySelector('#rate polyline').points.length") > 0
             assert page.run("document.querySelectorAll('#requests tr').length") == 20
             assert page.run("document.querySelectorAll('#drift rect').length") > 0
             assert page.run("document.documentElement.scrollWidth") <= width, "scrolls sideways"
             assert page.run("document.querySelectorAll('#requests img').length") == 0
-            assert evil in page.run("document.getElementById('requests').textContent")
+            shown = page.run("document.getElementById('requests').textContent")
+            assert evil in shown
+            assert "0.02" in shown, "the setting"
             ink, paper = page.run(
                 "['color', 'backgroundColor'].map((p) => getComputedStyle(document.body)[p])"
             )
@@ -277,17 +324,22 @@ def test_a_log_line_tells_about_traffic(running: Running, outcome: Outcome) -> N
     lines = [line for line in running.log.read_text().splitlines() if "Top-theta: " in line]
     assert lines
     assert "V rows read" in lines[0]
+    assert "kept mass" in lines[0]
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"vllm_xargs": {"toptheta_k": 1}}, ["between 16 and 512"]),
-        ({"vllm_xargs": {"toptheta_k": 600}}, ["between 16 and 512"]),
-        ({"vllm_xargs": {"toptheta_kk": 32}}, ["unknown option", "toptheta_k"]),
+        ({"vllm_xargs": {"toptheta_k": 0.5}}, ["between 1 and 128"]),
+        ({"vllm_xargs": {"toptheta_k": 600}}, ["between 1 and 128"]),
+        ({"vllm_xargs": {"toptheta_min_prob": 0.2}}, ["between 1e-06 and 0.1"]),
+        ({"vllm_xargs": {"toptheta_min_prob": -1}}, ["between 0 and 1"]),
+        ({"vllm_xargs": {"toptheta_min_mass": 0.99}}, ["between 0 and 0.95"]),
+        ({"vllm_xargs": {"toptheta_k": 32, "toptheta_min_prob": 0.01}}, ["exclude each other"]),
+        ({"vllm_xargs": {"toptheta_min_prop": 0.01}}, ["unknown option", "toptheta_min_prob"]),
         ({"vllm_xargs": {"toptheta": "of"}}, ['"off" or "on"', "'of'"]),
-        ({"toptheta_k": 32}, ["vllm_xargs"]),
+        ({"toptheta_min_prob": 0.01}, ["vllm_xargs"]),
     ],
 )
 def test_wrong_options_are_an_http_error_before_any_token(
@@ -308,7 +360,7 @@ def test_wrong_options_are_an_http_error_before_any_token(
 
 
 def test_without_the_key_nothing_is_told_about_options(running: Running) -> None:
-    body = json.dumps({"model": "m", "prompt": "a", "vllm_xargs": {"toptheta_k": 1}}).encode()
+    body = json.dumps({"model": "m", "prompt": "a", "vllm_xargs": {"toptheta_k": 600}}).encode()
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(running.base + "/v1/completions", body, headers)
     with pytest.raises(urllib.error.HTTPError, match="401"):
@@ -327,11 +379,13 @@ def test_requests_share_kv_only_under_the_same_settings(running: Running) -> Non
     default: dict[str, Any] = {}
     off = {"vllm_xargs": {"toptheta": "off"}}
     k = {"vllm_xargs": {"toptheta_k": 48}}
-    same = {"vllm_xargs": {"toptheta_k": 24, "toptheta_layers": True}}
+    min_prob = {"vllm_xargs": {"toptheta_min_prob": 0.05}}
+    same = {"vllm_xargs": {"toptheta_min_prob": 0.02, "toptheta_layers": True}}
     other = {"vllm_xargs": {"toptheta_k": 48}, "cache_salt": "mine"}
     start = 30000
     pairs = [(default, off, False), (off, k, False), (k, k, True), (off, off, True)]
     pairs += [(default, same, True), (k, other, False), (other, other, True)]
+    pairs += [(k, min_prob, False), (min_prob, min_prob, True)]
     for number, (first, second, shared) in enumerate(pairs):
         text = TEXT[start + 2000 * number :][:1600]
         assert (hits(first, second, text) > 0) == shared, (first, second)

@@ -1,6 +1,7 @@
-"""Two tensor-parallel ranks answer and count as one does, each with its own heads' thresholds."""
+"""Two tensor-parallel ranks answer and count as one does, each with its own heads' thresholds; also
+where they share a kv head."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,28 +9,27 @@ import pytest
 import torch
 from openai import OpenAI
 from server import Server
+from threshold_fixtures import make_table
 from tiny_models import tiny_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
-from vllm_toptheta.calibration.calibrate import CalibrationOptions, calibrate
-from vllm_toptheta.calibration.corpus import Corpus
-from vllm_toptheta.thresholds import KEEP_ALL, ThresholdTable
+from vllm_toptheta.model_identity import ModelIdentity
 
 LAYERS, HEADS, KV_HEADS, TOKENS = 4, 8, 4, 24
-K, KEEP_ALL_K = 20.0, 33.0
+MIN_PROB, KEEP_ALL = 0.01, 1e-300
 # Not beside the weights: vLLM reads every safetensors file there as weights.
 TABLE = Path("thresholds") / "table.safetensors"
-TEXT = "".join(chr(32 + (i * i + 7 * i) % 90) for i in range(5000))
 PROMPTS = [
     [4 + (i * 37 + j * j * 11 + j) % 120 for j in range(n)] for i, n in enumerate((90, 257, 400))
 ]
-# Sums of two halves round differently from one sum, so a score may fall on the other side of theta.
+# Sums of two halves round differently from one sum, so a key may fall on the other side of its
+# threshold.
 TOLERANCE = 1e-3
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama whose heads two ranks can share, and its thresholds."""
+def make_model(folder: Path, kv_heads: int) -> Path:
+    """A random Llama whose query heads two ranks can share, and its table: kv heads that want ever
+    fewer keys, and weights that tell heads apart."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=128,
@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         intermediate_size=256,
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
+        num_key_value_heads=kv_heads,
         head_dim=32,
         max_position_embeddings=1024,
         # Large weights make attention peaked, so that heads differ.
@@ -46,34 +46,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         eos_token_id=2,
         pad_token_id=0,
     )
-    model = LlamaForCausalLM(config).float().eval()
-    folder = tmp_path_factory.mktemp("llama")
-    model.save_pretrained(folder)
-    tokenizer = tiny_tokenizer()
-    tokenizer.save_pretrained(folder)
-    options = CalibrationOptions(num_tokens=1024, length=512)
-    table = calibrate(model, tokenizer, Corpus("made up", [TEXT], [1]), options, name="tiny/llama")
-    with_keep_all(table).save(folder / TABLE)
+    LlamaForCausalLM(config).float().eval().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    identity = ModelIdentity.from_config(AutoConfig.from_pretrained(folder), name="llama")
+    table = make_table(identity)
+    table.offsets.copy_(torch.linspace(-1.5, 1.5, kv_heads).expand(LAYERS, -1))
+    table.weights[..., 2] = torch.linspace(0.1, 0.9, HEADS)
+    table.save(folder / TABLE)
     return folder
 
 
-def with_keep_all(table: ThresholdTable) -> ThresholdTable:
-    """The two lowest levels, and one at KEEP_ALL_K that every key reaches: the whole Top-theta
-    path, and dense answers.
-    """
-    assert table.levels[0] <= K <= table.levels[1] < KEEP_ALL_K
-
-    def extended(tensor: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-        return torch.cat([tensor[:2], last[None]])
-
-    return replace(
-        table,
-        levels=extended(table.levels, torch.tensor(KEEP_ALL_K)),
-        theta=extended(table.theta, torch.full_like(table.theta[1], KEEP_ALL)),
-        slope=extended(table.slope, torch.zeros_like(table.slope[1])),
-        head_k=extended(table.head_k, table.head_k[1] * KEEP_ALL_K / table.levels[1]),
-        lost_mass=extended(table.lost_mass, torch.zeros_like(table.lost_mass[1])),
-    )
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("llama"), KV_HEADS)
 
 
 @dataclass
@@ -81,18 +66,25 @@ class Outcome:
     """What one server answered.
 
     Attributes:
-        pruned: per prompt, token ids and counts, with the calibrated thresholds.
-        keep_all: the same with thresholds that keep all.
-        heads: [num_layers][num_heads] of [kept, scored] of all ranks, after the pruned requests.
+        pruned: per prompt, token ids and counts, as the server prunes.
+        keep_all: the same with a threshold that keeps all.
+        v_rows: [num_layers][num_kv_heads] of [read, scored] after the pruned requests.
+        kept_mass: [num_layers][num_heads], mean share of a row's attention, likewise.
     """
 
     pruned: list[tuple[list[int], dict[str, Any]]]
     keep_all: list[tuple[list[int], dict[str, Any]]]
-    heads: list[list[list[int]]]
+    v_rows: list[list[list[int]]]
+    kept_mass: list[list[float]]
 
 
 def run(model: Path, folder: Path, *args: str) -> Outcome:
-    options = {"k": K, "min_kv_len": 32, "thresholds": str(model / TABLE)}
+    options = {
+        "thresholds": str(model / TABLE),
+        "min_prob": MIN_PROB,
+        "min_kv_len": 32,
+        "min_prob_range": [KEEP_ALL, 0.1],
+    }
     small = ["--dtype", "float32", "--max-model-len", "1024", "--enforce-eager"]
     small += ["--kv-cache-memory-bytes", str(1 << 28), "--max-num-seqs", "4"]
     # Two ranks on as many cores as there are: no binding.
@@ -121,8 +113,8 @@ def run(model: Path, folder: Path, *args: str) -> Outcome:
         )
         assert isinstance(stats, dict)
         assert stats["heads_problem"] is None
-        keep_all = answers({"toptheta_k": KEEP_ALL_K, "toptheta_layers": True})
-    return Outcome(pruned, keep_all, stats["heads"])
+        keep_all = answers({"toptheta_min_prob": KEEP_ALL, "toptheta_layers": True})
+    return Outcome(pruned, keep_all, **stats["heads"])
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +144,7 @@ def test_thresholds_that_keep_all_give_the_same_answers_and_counts(
         assert shared["dense_rows"]["short"] == 0, "the Top-theta path is under test"
 
 
-def test_calibrated_thresholds_give_the_same_answers_and_nearly_the_same_counts(
+def test_pruned_rows_give_the_same_answers_and_nearly_the_same_counts(
     outcomes: tuple[Outcome, Outcome],
 ) -> None:
     one, two = outcomes
@@ -176,18 +168,25 @@ def test_calibrated_thresholds_give_the_same_answers_and_nearly_the_same_counts(
 def test_each_rank_has_the_thresholds_of_its_own_heads(
     outcomes: tuple[Outcome, Outcome],
 ) -> None:
-    one, two = (torch.tensor(outcome.heads, dtype=torch.float64) for outcome in outcomes)
+    one, two = (torch.tensor(outcome.v_rows, dtype=torch.float64) for outcome in outcomes)
     assert torch.equal(one[..., 1], two[..., 1])
-    kept_one, kept_two = one[..., 0], two[..., 0]
-    assert (kept_one - kept_two).abs().max() <= 4
+    read = one[..., 0]
+    assert (read - two[..., 0]).abs().max() <= 4
     # Were the halves swapped or both the same, no head would do for another's.
-    halves = kept_one.split(HEADS // 2, dim=1)
-    assert (halves[0] - halves[1]).abs().max() > 100
+    halves = read.split(KV_HEADS // 2, dim=1)
+    assert (halves[0] - halves[1]).min() > 100
+    masses = [torch.tensor(outcome.kept_mass) for outcome in outcomes]
+    torch.testing.assert_close(masses[0], masses[1], rtol=0, atol=1e-3)
 
 
-def test_one_rank_of_two_holds_half_of_the_table(folder: Path) -> None:
-    table = ThresholdTable.load(folder / TABLE)
-    parts = [table.slice_heads(0, HEADS // 2), table.slice_heads(HEADS // 2, HEADS)]
-    for name in ("theta", "slope", "head_k"):
-        joined = torch.cat([getattr(part, name) for part in parts], dim=2)
-        assert torch.equal(joined, getattr(table, name))
+def test_v_rows_of_a_kv_head_that_ranks_share_are_counted_once(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    model = make_model(tmp_path_factory.mktemp("mqa"), 1)
+    outcome = run(model, tmp_path_factory.mktemp("shared"), "--tensor-parallel-size", "2")
+    for (_, shown), prompt in zip(outcome.keep_all, PROMPTS, strict=True):
+        rows, scored = rows_of(prompt)
+        assert (shown["rows"], shown["keys_scored"], shown["keys_kept"]) == (rows, scored, scored)
+        assert shown["v_rows_read"] == shown["v_rows_scored"] == scored // HEADS
+    for (_, shown), prompt in zip(outcome.pruned, PROMPTS, strict=True):
+        assert 0 < shown["v_rows_read"] < shown["v_rows_scored"] == rows_of(prompt)[1] // HEADS

@@ -7,28 +7,32 @@ from typing import Any
 import pytest
 
 from vllm_toptheta.evaluation import engine
-from vllm_toptheta.request_options import TargetK
+from vllm_toptheta.request_options import Target, Targets
 from vllm_toptheta.telemetry.counters import FIELDS, summarise
 
 
 def test_variants() -> None:
-    found = engine.variants(["decode", "both"], [64, 128], [80], 256)
+    found = engine.variants(["decode", "both"], [0.001], [64], [0.002], 256)
     assert [engine.label(options) for options in (None, *found)] == [
         "stock",
+        "decode min_prob 0.001",
         "decode k 64",
-        "decode k 128",
-        "both k 64, prefill_k 80",
-        "both k 128, prefill_k 80",
+        "both min_prob 0.001 prefill_min_prob 0.002",
+        "both k 64 prefill_min_prob 0.002",
     ]
     assert all(options["min_kv_len"] == 256 for options in found)
-    (alone,) = engine.variants(["prefill"], [64], [80], 0)
-    assert alone == {"phases": "prefill", "k": 64, "min_kv_len": 0}
+    (alone,) = engine.variants(["prefill"], [0.001], [], [0.002], 0)
+    assert alone == {"phases": "prefill", "min_prob": 0.001, "min_kv_len": 0}
 
 
 def answer(document: list[int], prompt: int, logprob: float, counts: dict[str, int]) -> Any:
     """An engine's answer in which token t has log-probability t * logprob."""
     entries = [{token: SimpleNamespace(logprob=token * logprob)} for token in document]
-    told = {"toptheta": summarise(TargetK(128, 128), [counts.get(name, 0) for name in FIELDS])}
+    told = {
+        "toptheta": summarise(
+            Targets(Target(min_prob=0.001), None), [counts.get(name, 0) for name in FIELDS]
+        )
+    }
     return SimpleNamespace(
         prompt_logprobs=[None, *entries[1:prompt]],
         outputs=[SimpleNamespace(logprobs=entries[prompt:])],
@@ -72,7 +76,7 @@ def test_the_last_prompt_row_predicts_the_first_decoded_token(
     assert math.isnan(stock.decode_kept_fraction)
 
     follow(-0.2, counts)
-    ours = engine.evaluate_engine(None, documents, 3, {"phases": "both", "k": 128}, stock)
+    ours = engine.evaluate_engine(None, documents, 3, {"phases": "both", "min_prob": 0.001}, stock)
     assert math.log(ours.decode_ratio_to_stock) == pytest.approx(0.6)
     assert (ours.prompt_kept_fraction, ours.prompt_v_tile_fraction) == (0.25, 0.75)
     assert (ours.decode_kept_fraction, ours.decode_v_row_fraction) == (0.5, 0.1)
@@ -87,7 +91,7 @@ def test_nothing_to_prune(prompt_tokens: int, phases: str, message: str) -> None
         engine.compare_engines(
             "model",
             [],
-            engine.variants([phases], [64], [], 0),
+            engine.variants([phases], [0.001], [], [], 0),
             length=256,
             prompt_tokens=prompt_tokens,
             num_documents=1,

@@ -3,7 +3,6 @@
 import asyncio
 import json
 from argparse import Namespace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,10 +11,9 @@ import pytest
 pytest.importorskip("vllm", reason="needs an installed vLLM")
 
 from vllm_toptheta.config import TopThetaConfig  # noqa: E402
-from vllm_toptheta.request_options import RequestPolicy, TargetK  # noqa: E402
+from vllm_toptheta.request_options import RequestPolicy, Target, Targets  # noqa: E402
 from vllm_toptheta.serving import served as served_module  # noqa: E402
 from vllm_toptheta.serving.middleware import TopThetaMiddleware  # noqa: E402
-from vllm_toptheta.serving.routes import merge_heads  # noqa: E402
 from vllm_toptheta.serving.served import Served  # noqa: E402
 from vllm_toptheta.telemetry.delivery import CURRENT  # noqa: E402
 
@@ -50,9 +48,10 @@ def app(monkeypatch: pytest.MonkeyPatch) -> App:
 def serve(monkeypatch: pytest.MonkeyPatch, **args: Any) -> None:
     # Telemetry is off here, so that no metric is registered in the test's process.
     config = TopThetaConfig(telemetry=False)
-    policy = RequestPolicy(TargetK(128, None), min_k=16, max_k=512, allow_off=True)
-    table: Any = None
-    served = Served("m", config, policy, table, Path("table"), Namespace(**args))
+    ranges = {"min_prob": (1e-6, 0.1), "min_mass": (0.0, 0.95), "k": (16.0, 512.0)}
+    policy = RequestPolicy(Targets(Target(0.001), None), ranges, allow_off=True)
+    model: Any = None
+    served = Served("m", config, policy, model, None, None, Namespace(**args))
     monkeypatch.setattr(served_module, "_served", {"x": served})
 
 
@@ -83,7 +82,7 @@ def body(**fields: Any) -> bytes:
 
 
 def test_good_requests_arrive_unchanged_however_they_are_cut(app: App) -> None:
-    sent = body(vllm_xargs={"toptheta_k": 64})
+    sent = body(vllm_xargs={"toptheta_min_prob": 0.01})
     assert call(app, "/v1/completions", sent[:9], sent[9:]) == (200, sent)
     assert call(app, "/v1/chat/completions", b"not json, toptheta")[0] == 200
     assert call(app, "/v1/chat/completions", b'["toptheta"]')[0] == 200
@@ -95,6 +94,9 @@ def test_good_requests_arrive_unchanged_however_they_are_cut(app: App) -> None:
     ("fields", "word"),
     [
         ({"vllm_xargs": {"toptheta_k": 1}}, "between 16 and 512"),
+        ({"vllm_xargs": {"toptheta_min_prob": 0.2}}, "between 1e-06 and 0.1"),
+        ({"vllm_xargs": {"toptheta_min_mass": 0.99}}, "between 0 and 0.95"),
+        ({"vllm_xargs": {"toptheta_min_prob": 0.01, "toptheta_k": 64}}, "exclude each other"),
         ({"vllm_xargs": {"toptheta_j": 1}}, "unknown option"),
         ({"toptheta": "off"}, "inside of vllm_xargs"),
     ],
@@ -113,7 +115,7 @@ def test_wrong_options_never_reach_the_server(
 
 
 def test_a_root_path_is_taken_into_account(app: App) -> None:
-    sent = body(vllm_xargs={"toptheta_k": 1})
+    sent = body(vllm_xargs={"toptheta_min_prob": 0.5})
     assert call(app, "/api/v1/completions", sent, root_path="/api")[0] == 400
     assert call(app, "/other/v1/completions", sent)[0] == 200
 
@@ -122,7 +124,7 @@ def test_without_the_key_the_server_answers_itself(
     app: App, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     serve(monkeypatch, api_key=["secret"])
-    sent = body(vllm_xargs={"toptheta_k": 1})
+    sent = body(vllm_xargs={"toptheta_min_prob": 0.5})
     assert call(app, "/v1/completions", sent)[0] == 200
     with_key = [(b"authorization", b"Bearer secret")]
     assert call(app, "/v1/completions", sent, headers=with_key)[0] == 400
@@ -148,23 +150,3 @@ def test_websockets_and_startup_pass() -> None:
     for kind in ("lifespan", "websocket"):
         asyncio.run(middleware({"type": kind}, None, None))  # type: ignore[arg-type]
     assert seen == ["lifespan", "websocket"]
-
-
-def test_heads_of_all_ranks_make_one_grid() -> None:
-    def part(layers: list[int], first_head: int, value: int) -> dict[str, Any]:
-        numbers = [[value] * 2 for _ in layers]
-        return {"layers": layers, "first_head": first_head, "kept": numbers, "scored": numbers}
-
-    # Two pipeline stages of two tensor-parallel ranks; the first stage has two builders.
-    answers = [
-        [part([0], 0, 1), part([1], 0, 2)],
-        [part([0], 2, 3), part([1], 2, 4)],
-        [part([2], 0, 5)],
-        [part([2], 2, 6)],
-    ]
-    grid = merge_heads(answers, 3, 4)
-    assert [[pair[0] for pair in row] for row in grid] == [
-        [1, 1, 3, 3],
-        [2, 2, 4, 4],
-        [5, 5, 6, 6],
-    ]

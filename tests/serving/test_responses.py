@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="needs an installed vLLM")
 
-from vllm_toptheta.request_options import RequestOptions, TargetK  # noqa: E402
+from vllm_toptheta.request_options import Target, Targets  # noqa: E402
 from vllm_toptheta.serving.responses import ResponseWriter  # noqa: E402
 from vllm_toptheta.telemetry.counters import zeros  # noqa: E402
 from vllm_toptheta.telemetry.delivery import Choice, Collector  # noqa: E402
@@ -21,8 +21,8 @@ def choices(*names: tuple[str, int, int]) -> Collector:
     for request_id, index, rows in names:
         counts = zeros()
         counts[0] = rows
-        target = TargetK(128, None)
-        made.append(Choice(request_id, index, RequestOptions(), target, counts=counts))
+        targets = Targets(Target(0.001), None)
+        made.append(Choice(request_id, index, "default", targets, counts=counts))
     return Collector(made)
 
 

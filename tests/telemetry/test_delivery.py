@@ -5,12 +5,15 @@ from typing import Any
 
 import pytest
 
-from vllm_toptheta.request_options import RequestOptions, TargetK
+from vllm_toptheta.request_options import Target, Targets
 from vllm_toptheta.telemetry import delivery
 from vllm_toptheta.telemetry.counters import FIELDS
 from vllm_toptheta.telemetry.delivery import CURRENT, Choice, Collector
 
 pytest.importorskip("vllm", reason="needs an installed vLLM")
+
+
+SERVER = Targets(Target(0.001, 0.5), Target(0.001))
 
 
 def row(rows: int) -> list[int]:
@@ -53,13 +56,24 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     made = type("OutputProcessor", (Processor,), dict(vars(Processor)))
     monkeypatch.setattr(module, "OutputProcessor", made)
     monkeypatch.setattr(delivery, "_sinks", sink := [Recorder()])
-    delivery.install_on_output_processor(TargetK(128, 80))
+    delivery.install_on_output_processor()
     sink[0].processor = made()
     return sink[0]
 
 
-def request(name: str, **xargs: Any) -> Any:
-    return SimpleNamespace(request_id=name, sampling_params=SimpleNamespace(extra_args=xargs))
+def request(name: str, setting: str = "default", targets: Targets | None = SERVER) -> Any:
+    """A request as the input processor hands it on; without targets it is another backend's."""
+    made = SimpleNamespace(request_id=name, sampling_params=SimpleNamespace())
+    if targets is not None:
+        delivery.resolve(made, setting, targets)
+    return made
+
+
+def parent_of(first: Any) -> Any:
+    """What vLLM makes of a request for n > 1 sequences, whose own parameters are copies."""
+    parent = SimpleNamespace(sampling_params=first.sampling_params)
+    first.sampling_params = SimpleNamespace()
+    return parent
 
 
 def output(name: str, new: int, total: int, last: bool = False, **more: Any) -> Any:
@@ -73,14 +87,16 @@ def test_choices_of_an_http_request_gather_in_its_collector(recorder: Recorder) 
     processor = recorder.processor
     collector = Collector()
     token = CURRENT.set(collector)
-    processor.add_request(request("a", toptheta_k=64), SimpleNamespace(), 0)
-    processor.add_request(request("b", toptheta="off"), SimpleNamespace(), 1)
+    own = Targets(Target(None, 0.5, k=64), None)
+    child = request("a", "k", own)
+    processor.add_request(child, parent_of(child), 0)
+    processor.add_request(request("b", "off", Targets(None, None)))
     CURRENT.reset(token)
     first = output("a", 3, 3)
     processor.process_outputs([first, output("b", 5, 5, last=True)])
-    assert [(c.target, c.counts[0], c.finished) for c in collector.choices] == [
-        (TargetK(64, 64), 3, False),
-        (TargetK(None, None), 5, True),
+    assert [(c.setting, c.targets, c.counts[0], c.finished) for c in collector.choices] == [
+        ("k", own, 3, False),
+        ("off", Targets(None, None), 5, True),
     ]
     assert first.kv_transfer_params == {"remote": 1}, "it appears once in the response"
     events = [event for event, *_ in recorder.told]
@@ -106,9 +122,10 @@ def test_what_runs_after_a_stop_string_is_in_the_metrics_only(recorder: Recorder
 def test_outside_of_http_outputs_carry_the_object(recorder: Recorder) -> None:
     processor = recorder.processor
     processor.add_request(request("single"))
-    parent = SimpleNamespace()
-    for index in (0, 1):
-        processor.add_request(request(f"child{index}"), parent, index)
+    children = [request("child0"), request("child1")]
+    parent = parent_of(children[0])
+    for index, child in enumerate(children):
+        processor.add_request(child, parent, index)
     single, first, second = output("single", 3, 3), output("child0", 1, 1), output("child1", 2, 2)
     processor.process_outputs([single, first, second])
     assert single.kv_transfer_params["toptheta"]["rows"] == 3
@@ -130,23 +147,34 @@ def test_a_failing_sink_keeps_nothing_from_the_others(recorder: Recorder) -> Non
 
 def test_several_choices_are_added_up() -> None:
     def choice(index: int, rows: int) -> Choice:
-        return Choice("x", index, RequestOptions(), TargetK(128, None), counts=row(rows))
+        return Choice("x", index, "default", SERVER, counts=row(rows))
 
     shown = delivery.show_all([choice(0, 3), choice(1, 4)])
     assert shown is not None
-    assert (shown["k"], shown["rows"]) == (128, 7)
+    assert (shown["min_prob"], shown["rows"]) == (0.001, 7)
     assert [(c["index"], c["rows"]) for c in shown["choices"]] == [(0, 3), (1, 4)]
     assert delivery.show_all([]) is None
 
 
-def test_requests_show_the_k_of_the_engine_that_was_configured_last(recorder: Recorder) -> None:
-    processor = recorder.processor
-    process = type(processor).process_outputs
-    delivery.install_on_output_processor(TargetK(None, 64))
-    assert type(processor).process_outputs is process, "wrapped once"
-    processor.add_request(request("a"))
-    sent = output("a", 3, 3)
-    sent.kv_transfer_params["toptheta"]["total"][FIELDS.index("prefill_rows")] = 9
-    processor.process_outputs([sent])
-    shown = sent.kv_transfer_params["toptheta"]
-    assert (shown["k"], shown["prefill"]["k"]) == (None, 64)
+def test_engines_of_one_process_keep_apart(recorder: Recorder) -> None:
+    first = recorder.processor
+    process = type(first).process_outputs
+    delivery.install_on_output_processor()
+    assert type(first).process_outputs is process, "wrapped once"
+    second, other = type(first)(), type(first)()
+    shown = {}
+    for processor, targets in (
+        (first, SERVER),
+        (second, Targets(None, Target(0.02))),
+        (other, None),
+    ):
+        processor.add_request(request("a", targets=targets))
+        sent = output("a", 3, 3)
+        sent.kv_transfer_params["toptheta"]["total"][FIELDS.index("prefill_rows")] = 9
+        shown[processor] = sent
+    for processor, sent in shown.items():
+        processor.process_outputs([sent])
+    first_shown, second_shown = (shown[p].kv_transfer_params["toptheta"] for p in (first, second))
+    assert (first_shown["min_prob"], first_shown["prefill"]["min_prob"]) == (0.001, 0.001)
+    assert (second_shown["min_prob"], second_shown["prefill"]["min_prob"]) == (None, 0.02)
+    assert shown[other].kv_transfer_params == {"remote": 1}, "another backend's"

@@ -10,7 +10,7 @@ pytest.importorskip("prometheus_client")
 
 from prometheus_client import CollectorRegistry  # noqa: E402
 
-from vllm_toptheta.request_options import TargetK  # noqa: E402
+from vllm_toptheta.request_options import Target, Targets  # noqa: E402
 from vllm_toptheta.telemetry import shield  # noqa: E402
 from vllm_toptheta.telemetry.counters import FIELDS, summarise  # noqa: E402
 from vllm_toptheta.telemetry.prometheus import PREFIX, Metrics  # noqa: E402
@@ -37,14 +37,14 @@ def registry() -> Iterator[CollectorRegistry]:
 
 
 def test_every_metric_is_there_with_its_type_and_labels(registry: CollectorRegistry) -> None:
-    Metrics("m", {"k": "128"}, registry)
+    Metrics("m", {"min_prob": "0.001"}, registry)
     exist = {}
     for series in registry._collector_to_names:
         (described,) = series.describe()  # type: ignore[attr-defined]
         labels = set(series._labelnames) - {"model_name", "engine"}  # type: ignore[attr-defined]
         name = described.name + ("_total" if described.type == "counter" else "")
         exist[name] = (described.type, labels)
-    assert exist.pop(f"{PREFIX}info") == ("gauge", {"k"})
+    assert exist.pop(f"{PREFIX}info") == ("gauge", {"min_prob"})
     documented = {}
     for cells in table("| metric | type | more labels | meaning |"):
         for name in names(cells[0]):
@@ -54,7 +54,7 @@ def test_every_metric_is_there_with_its_type_and_labels(registry: CollectorRegis
 
 
 def test_every_field_of_a_response_is_there() -> None:
-    shown = summarise(TargetK(128, 80), [1] * len(FIELDS))
+    shown = summarise(Targets(Target(0.001), Target(0.001)), [1] * len(FIELDS))
     for fields, heading in (
         ({*shown, "choices", "layers"}, "| field | meaning |"),
         (set(shown["prefill"]), "| field of `prefill` | meaning |"),

@@ -11,15 +11,15 @@ pytest.importorskip("prometheus_client")
 
 from prometheus_client import CollectorRegistry, generate_latest  # noqa: E402
 
-from vllm_toptheta.request_options import RequestOptions, TargetK  # noqa: E402
+from vllm_toptheta.request_options import Target, Targets  # noqa: E402
 from vllm_toptheta.telemetry import live as live_module  # noqa: E402
 from vllm_toptheta.telemetry import shield  # noqa: E402
-from vllm_toptheta.telemetry.counters import FIELDS  # noqa: E402
+from vllm_toptheta.telemetry.counters import FIELDS, MASS_UNIT  # noqa: E402
 from vllm_toptheta.telemetry.delivery import Choice  # noqa: E402
 from vllm_toptheta.telemetry.live import Live  # noqa: E402
 from vllm_toptheta.telemetry.prometheus import DRIFT_WINDOW, Metrics  # noqa: E402
 
-TARGET = TargetK(128, None)
+TARGETS = Targets(Target(0.001, 0.5), None)
 
 
 def row(**values: int) -> list[int]:
@@ -34,7 +34,7 @@ def registry() -> Iterator[CollectorRegistry]:
 
 
 def make(registry: CollectorRegistry) -> Metrics:
-    return Metrics("m", {"k": "128"}, registry)
+    return Metrics("m", {"min_prob": "0.001"}, registry)
 
 
 def value(registry: CollectorRegistry, name: str, engine: str | None = "0", **labels: str) -> Any:
@@ -46,29 +46,44 @@ def value(registry: CollectorRegistry, name: str, engine: str | None = "0", **la
 
 def test_counts_become_counters_by_engine(registry: CollectorRegistry) -> None:
     metrics = make(registry)
-    counts = row(rows=9, keys_kept=5, dense_off=3)
+    counts = row(rows=9, keys_kept=5, rows_lifted=2, dense_off=3)
     metrics.counted(0, counts)
     metrics.counted(1, counts)
     metrics.counted(1, counts)
     metrics.reported(counts)
     assert value(registry, "rows_total") == 9
     assert value(registry, "rows_total", "1") == 18
+    assert (
+        value(registry, "rows_lifted_total")
+        == value(registry, "reported_total", count="rows_lifted")
+        == 2
+    )
     assert value(registry, "dense_rows_total", reason="off") == 3
     assert value(registry, "dense_rows_total", reason="short") == 0, "there before it happens"
     assert value(registry, "reported_total", count="keys_kept") == 5
-    assert value(registry, "info", None, k="128") == 1
+    assert value(registry, "info", None, min_prob="0.001") == 1
 
 
 def test_a_finished_sequence_is_one_observation(registry: CollectorRegistry) -> None:
     metrics = make(registry)
-    counts = row(rows=1, keys_scored=100, keys_kept=25, keys_target=20)
-    metrics.finished(Choice("x", 0, RequestOptions(k=64), TARGET, counts=counts), 0)
-    metrics.finished(Choice("y", 0, RequestOptions(), TARGET), 0)  # one token: nothing was decoded
+    counts = row(
+        rows=2, keys_scored=100, keys_kept=25, keys_target=20, kept_mass=MASS_UNIT * 19 // 10
+    )
+    assert value(registry, "kept_mass_count") == 0, "there before it happens"
+    metrics.finished(Choice("x", 0, "k", TARGETS, counts=counts), 0)
+    prompts = row(prefill_rows=4, prefill_kept_mass=3 * MASS_UNIT)
+    metrics.finished(Choice("y", 0, "default", TARGETS, counts=prompts), 0)  # no decode row
     assert value(registry, "request_kept_fraction_sum") == 0.25
     assert value(registry, "request_target_ratio_sum") == 1.25
     assert value(registry, "request_kept_fraction_count") == 1
+    assert value(registry, "kept_mass_sum") == 0.95
+    assert value(registry, "kept_mass_count") == 1
+    assert value(registry, "kept_mass_bucket", le="0.925") == 0
+    assert value(registry, "kept_mass_bucket", le="0.95") == 1
+    assert value(registry, "prefill_kept_mass_sum") == 0.75
     assert value(registry, "requests_total", setting="k") == 1
     assert value(registry, "requests_total", setting="default") == 1
+    assert value(registry, "requests_total", setting="min_prob") == 0, "there before it happens"
 
 
 def test_drift_is_of_the_recent_past(registry: CollectorRegistry) -> None:
@@ -105,12 +120,30 @@ def test_names_and_labels_follow_vllms_conventions(registry: CollectorRegistry) 
     ("counts", "words"),
     [
         (
-            {"rows": 10, "keys_scored": 100, "keys_kept": 25, "keys_target": 25},
-            ("40 decode rows", "kept: 25.0%", "kept/target: 1.00"),
+            {
+                "rows": 10,
+                "keys_scored": 100,
+                "keys_kept": 25,
+                "keys_target": 25,
+                "kept_mass": 9 * MASS_UNIT,
+                "rows_lifted": 2,
+            },
+            (
+                "40 decode rows",
+                "keys kept: 25.0%",
+                "kept mass: 90.0%",
+                "lifted rows: 20.0%",
+                "kept/target: 1.00",
+            ),
         ),
         (
-            {"prefill_rows": 10, "prefill_keys_scored": 100, "prefill_keys_kept": 15},
-            ("40 prompt rows", "kept: 15.0%"),
+            {
+                "prefill_rows": 10,
+                "prefill_keys_scored": 100,
+                "prefill_keys_kept": 15,
+                "prefill_kept_mass": 8 * MASS_UNIT,
+            },
+            ("40 prompt rows", "keys kept: 15.0%", "kept mass: 80.0%"),
         ),
     ],
 )
@@ -152,16 +185,30 @@ def test_the_log_line_tells_of_the_phases_there_were() -> None:
         (False, True),
         (True, True),
     ]
-    assert "20 prompt rows in the last 10 s, keys kept: 20.0%, dense rows: 25.0%" in lines[1]
+    assert "20 prompt rows in the last 10 s, keys kept: 20.0%" in lines[1]
+    assert "dense rows: 25.0%" in lines[1]
+    assert "kept/target" not in lines[0], "no k rules"
 
 
 def test_the_recent_past_is_bounded() -> None:
     live = Live(log=False)
     for number in range(live_module.REQUESTS_KEPT + 5):
-        live.finished(Choice(f"r{number}", 0, RequestOptions(), TARGET, layers=[row()]), 0)
+        live.finished(Choice(f"r{number}", 0, "default", TARGETS, layers=[row()]), 0)
     shown = live.requests()
     assert len(shown) == live_module.REQUESTS_KEPT
     assert shown[0]["request_id"] == f"r{live_module.REQUESTS_KEPT + 4}"
     assert "layers" not in shown[0]
     assert shown[0]["setting"] == "default"
     assert len(live.v_rows_per_second()) == 60
+
+
+def test_seconds_show_what_was_saved_and_what_was_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000
+    monkeypatch.setattr(live_module.time, "time", lambda: now)
+    live = Live(log=False)
+    for rows in (1, 3):
+        live.counted(0, row(rows=rows, v_rows_scored=9, v_rows_read=2, kept_mass=MASS_UNIT))
+    now = 1002
+    *_, busy, idle = live.v_rows_per_second()
+    assert busy == {"second": 1000, "read": 4, "saved": 14, "kept_mass": 0.5}
+    assert idle == {"second": 1001, "read": 0, "saved": 0, "kept_mass": None}

@@ -57,6 +57,17 @@ def test_the_message_has_its_fields(path: str, fields: list[str]) -> None:
     assert set(fields) <= set(find(path).__struct_fields__)
 
 
+def test_what_a_request_runs_with_reaches_its_sequences() -> None:
+    from types import SimpleNamespace
+
+    params = find("vllm.sampling_params:SamplingParams")(n=2, seed=1)
+    vars(params)["noted"] = True
+    request = SimpleNamespace(params=params, request_id="a", external_req_id="a")
+    parent = find("vllm.v1.engine.parallel_sampling:ParentRequest")(request)
+    assert vars(parent.sampling_params)["noted"]
+    assert "noted" not in vars(parent.get_child_info(0)[1]), "read them from the parent no more"
+
+
 def test_the_second_positional_argument_is_the_intermediate_tensors() -> None:
     for module in ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner"):
         method = find(f"{module}:GPUModelRunner.execute_model")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
+from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
@@ -35,18 +35,18 @@ from vllm_toptheta.backend.prompts import (
     plan_prompts,
 )
 from vllm_toptheta.backend.registration import NAME
-from vllm_toptheta.backend.sidecar import enlarge_page
-from vllm_toptheta.config import TopThetaConfig
-from vllm_toptheta.kernels.api import (
-    PageLayout,
-    available_impl,
+from vllm_toptheta.backend.sidecar import check_page, enlarge_page
+from vllm_toptheta.kernels.layout import Packing, PageLayout
+from vllm_toptheta.kernels.ops import (
+    Target,
+    available_target,
     decode_attention,
     prefill_attention,
     update_v_means,
 )
 from vllm_toptheta.request_options import RequestOptions
 from vllm_toptheta.telemetry.carrier import install_on_worker
-from vllm_toptheta.telemetry.counters import FIELDS
+from vllm_toptheta.telemetry.counters import FIELDS, MASS_UNIT
 from vllm_toptheta.telemetry.step_log import STEP_LOG
 
 logger = init_logger("vllm.toptheta.cpu")
@@ -56,9 +56,6 @@ class TopThetaCPUBackend(CPUAttentionBackend):
     """Top-theta attention on vLLM's paged CPU cache."""
 
     supported_kv_cache_dtypes = ["auto"]
-    group_size = TopThetaConfig.model_fields["group_size"].default
-    """Set by the first layer of an engine: vLLM asks for the page size where it hands out no
-    configuration."""
 
     @staticmethod
     def get_name() -> str:
@@ -74,7 +71,7 @@ class TopThetaCPUBackend(CPUAttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
-        return enlarge_page(spec, cls.group_size)
+        return enlarge_page(spec)
 
     @classmethod
     def supports_non_causal(cls) -> bool:
@@ -106,19 +103,26 @@ class DecodeStep:
         num_decodes: rows; each is one token of one request, and they come first in the batch.
         block_table: [num_decodes, max_blocks] int32.
         seq_lens: [num_decodes] int32.
-        theta: [num_layers, num_decodes, num_heads] float32, units of q.k * sm_scale.
+        log_min_prob: [num_layers, num_decodes, num_kv_heads] float32, natural logarithm.
+        min_mass: [num_decodes] float32.
         dense: [num_layers, num_decodes] bool, rows that run without pruning.
-        num_kept: [num_layers, num_decodes, num_heads] int32, written by the kernel.
-        v_rows_read: [num_layers, num_decodes, num_kv_heads] int32, written by the kernel.
+        num_kept: [num_layers, num_decodes, num_kv_heads] int32, written by the kernel.
+        kept_mass: [num_layers, num_decodes, num_heads] float32, written by the kernel.
+        lifts: [num_layers, num_decodes, num_kv_heads] int32, written by the kernel.
     """
 
     num_decodes: int
     block_table: torch.Tensor
     seq_lens: torch.Tensor
-    theta: torch.Tensor
+    log_min_prob: torch.Tensor
+    min_mass: torch.Tensor
     dense: torch.Tensor
     num_kept: torch.Tensor
-    v_rows_read: torch.Tensor
+    kept_mass: torch.Tensor
+    lifts: torch.Tensor
+
+
+_V_COLUMNS = ("v_rows_scored", "v_rows_read", "prefill_v_tiles", "prefill_v_tiles_read")
 
 
 @dataclass
@@ -134,6 +138,8 @@ class StepCounts:
         layers: index of this builder's layers into an axis of all layers.
         num_layers: layers of the model.
         num_heads, num_kv_heads: of this rank.
+        first_replica: whether no lower rank holds the same kv head; V rows of a kv head that
+            several ranks hold are counted by one.
         detail: batch rows of the requests that asked for counts per layer.
         heads: counts per head since the start, of this builder; updated by `totals`.
     """
@@ -146,6 +152,7 @@ class StepCounts:
     num_layers: int
     num_heads: int
     num_kv_heads: int
+    first_replica: bool
     detail: list[int]
     heads: HeadCounts
 
@@ -164,26 +171,41 @@ class StepCounts:
             for name, values in self.prompts.counts().items():
                 columns[name][rest] = values
         if self.decode is not None and self.rows is not None:
-            decodes = (self.layers, slice(0, self.decode.num_decodes))
-            kept, visible = self.decode.num_kept.numpy(), self.rows.visible.numpy()
-            dense = self.decode.dense.numpy()
-            columns["rows"][decodes] = self.num_heads
-            columns["keys_scored"][decodes] = visible * self.num_heads
-            columns["v_rows_scored"][decodes] = visible * self.num_kv_heads
-            columns["keys_kept"][decodes] = kept.sum(2, dtype=np.int64)
-            columns["v_rows_read"][decodes] = self.decode.v_rows_read.numpy().sum(2, dtype=np.int64)
-            columns["keys_dense"][decodes] = visible * dense * self.num_heads
-            columns["keys_target"][decodes] = self.rows.target.numpy() * ~dense
-            for name, rows in self.rows.reasons.items():
-                columns[name][decodes] = rows.numpy() * self.num_heads
-            self.heads.kept += kept.sum(1, dtype=np.int64)
-            self.heads.scored += visible.sum(1, keepdims=True)
+            self._count_decodes(self.decode, self.rows, columns)
+        if not self.first_replica:
+            for name in _V_COLUMNS:
+                columns[name][:] = 0
         parts = [counts.sum(1), counts.sum(2), *(counts[:, :, row] for row in self.detail)]
         totals = torch.from_numpy(np.concatenate(parts, axis=1).T.reshape(-1))
         group = get_tp_group()
         if group.world_size > 1:
             torch.distributed.all_reduce(totals, group=group.cpu_group)
         return totals
+
+    def _count_decodes(
+        self, decode: DecodeStep, rows: RowPlan, columns: dict[str, np.ndarray[Any, Any]]
+    ) -> None:
+        """Write the columns of decode rows, and add to the counts per head."""
+        where = (self.layers, slice(0, decode.num_decodes))
+        group = self.num_heads // self.num_kv_heads
+        lists, mass = decode.num_kept.numpy(), decode.kept_mass.numpy()
+        visible, target = rows.visible.numpy(), rows.target.numpy() * ~decode.dense.numpy()
+        read = lists.sum(2, dtype=np.int64)
+        columns["rows"][where] = self.num_heads
+        columns["keys_scored"][where] = visible * self.num_heads
+        columns["keys_kept"][where] = read * group
+        columns["v_rows_scored"][where] = visible * self.num_kv_heads
+        columns["v_rows_read"][where] = read
+        columns["keys_dense"][where] = read * group * (target == 0)
+        columns["keys_target"][where] = target
+        columns["kept_mass"][where] = np.rint(mass.sum(2, dtype=np.float64) * MASS_UNIT)
+        columns["rows_lifted"][where] = (decode.lifts.numpy() > 0).sum(2) * group
+        for name, values in rows.reasons.items():
+            columns[name][where] = values.numpy() * self.num_heads
+        self.heads.kept += lists.sum(1, dtype=np.int64)
+        self.heads.scored += visible.sum(1, keepdims=True)
+        self.heads.kept_mass += mass.sum(1, dtype=np.float64)
+        self.heads.rows += decode.num_decodes
 
 
 @dataclass
@@ -209,6 +231,7 @@ class TopThetaCPUMetadataBuilder(CPUAttentionMetadataBuilder):
     rows."""
 
     reorder_batch_threshold = 1
+    isa: str
 
     def __init__(
         self,
@@ -219,31 +242,43 @@ class TopThetaCPUMetadataBuilder(CPUAttentionMetadataBuilder):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.plan = Plan.from_vllm_config(vllm_config)
-        layout = PageLayout(self.block_size, self.head_dim, self.plan.config.group_size)
+        layout = PageLayout(self.block_size, self.head_dim, self.packing)
+        check_page(kv_cache_spec, layout)
         attention = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        impls = [attention[name].impl for name in layer_names]
         self.num_layers = len(layer_names)
-        layers, windows = [], []
-        for slot, name in enumerate(layer_names):
-            impl = attention[name].impl
-            impl.bind(slot, layout, self.plan.config.compensation)
-            layers.append(self.plan.layer_index(name))
-            windows.append(impl.window)
-        # Our PyTorch path holds all scores of a prompt at once.
-        self.stock_prompts = available_impl().impl == "torch" or stock_prompts_are_faster()
-        if self.stock_prompts:
+        layers = [self.plan.layer_index(name) for name in layer_names]
+        first_head = get_tensor_model_parallel_rank() * self.num_heads
+        windows = [impl.window for impl in impls]
+        self.dial = Dial(self.plan, layers, windows, first_head, self.num_heads)
+        for slot, impl in enumerate(impls):
+            impl.bind(slot, layout, self.dial.weights[slot], means=self.plan.needs_means)
+        self._choose_prompt_kernels()
+        of_model = self.plan.identity
+        self.first_replica = first_head % (of_model.num_heads // of_model.num_kv_heads) == 0
+        self.heads = publish_heads(layers, first_head, self.num_heads, self.num_kv_heads)
+        install_on_worker(vllm_config, count=self.plan.config.telemetry)
+
+    def _set_isa_to_layers(self, layer_names: list[str]) -> None:
+        self.packing: Packing = packing_of(self.isa)
+        if self.isa == "amx":
+            self.isa = self.packing
+        super()._set_isa_to_layers(layer_names)
+
+    def _choose_prompt_kernels(self) -> None:
+        """Decide what runs prompts here: ours where it prunes them, or is faster."""
+        self.prunes_prompts = self.plan.targets.prefill is not None and self.packing != "amx"
+        self.stock_prompts = stock_prompts_are_faster(self.packing, available_target().target)
+        if self.plan.targets.prefill is not None and not self.prunes_prompts:
+            logger.info_once(
+                "toptheta: prompts run on vLLM's CPU_ATTN without pruning, which is faster here "
+                "than pruning them"
+            )
+        elif self.stock_prompts:
             logger.info_once(
                 "toptheta: prompts that are not pruned run on vLLM's CPU_ATTN, which is faster "
                 "here than our dense kernel"
             )
-        first_head = get_tensor_model_parallel_rank() * self.num_heads
-        self.dial = Dial(self.plan, layers, windows, first_head, self.num_heads)
-        self.heads = publish_heads(layers, first_head, self.num_heads)
-        install_on_worker(vllm_config, count=self.plan.config.telemetry)
-
-    def _set_isa_to_layers(self, layer_names: list[str]) -> None:
-        # AMX hosts would pack V in tiles; rows can only be skipped where V is row-major.
-        self.isa = "vec" if self.head_dim % 32 == 0 and self.block_size % 32 == 0 else "vec16"
-        super()._set_isa_to_layers(layer_names)
 
     def build(
         self,
@@ -263,9 +298,10 @@ class TopThetaCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             prompts=None,
             prefill_lens=query_lens,
             layers=self.dial.layers,
-            num_layers=self.plan.table.num_layers,
+            num_layers=self.plan.identity.num_layers,
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
+            first_replica=self.first_replica,
             detail=[row for row, asked in options.items() if asked.layers],
             heads=self.heads,
         )
@@ -276,22 +312,20 @@ class TopThetaCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         prefill = None
         if num_prefills:
             rest, rest_options = rest_of_batch(cam, options, num_decodes)
-            heads = (self.num_heads, self.num_kv_heads)
-            if self.plan.config.phases != "decode":
+            if self.prunes_prompts:
                 prompts = counts.prompts = plan_prompts(
                     self.dial,
-                    self.plan.config.prefill_k,
                     rest.block_table_tensor,
                     rest.query_start_loc_cpu,
                     rest.seq_lens,
                     rest_options,
-                    *heads,
+                    self.num_heads,
                 )
                 if self.stock_prompts and counts.prompts.dense.all():
                     counts.prompts.keep_all()
                     prompts = None
             elif not self.stock_prompts:
-                prompts = dense_prompts(rest, self.num_layers, *heads)
+                prompts = dense_prompts(rest, self.num_layers, self.num_heads, self.num_kv_heads)
             if prompts is None:
                 prefill = super().build(common_prefix_len, rest, fast_build)
         STEP_LOG.append(counts)
@@ -306,18 +340,17 @@ class TopThetaCPUMetadataBuilder(CPUAttentionMetadataBuilder):
     ) -> None:
         seq_lens = cam.seq_lens[:num_decodes]
         rows = counts.rows = self.dial.plan(seq_lens, options)
-        if self.plan.config.phases == "prefill":
-            for name, values in rows.reasons.items():
-                values.fill_(name == "dense_layer")
-        shape = (self.num_layers, num_decodes)
+        per_kv_head = rows.log_min_prob.shape
         counts.decode = DecodeStep(
             num_decodes=num_decodes,
             block_table=cam.block_table_tensor[:num_decodes],
             seq_lens=seq_lens,
-            theta=rows.theta,
-            dense=torch.stack(list(rows.reasons.values())).any(0),
-            num_kept=torch.empty((*shape, self.num_heads), dtype=torch.int32),
-            v_rows_read=torch.empty((*shape, self.num_kv_heads), dtype=torch.int32),
+            log_min_prob=rows.log_min_prob,
+            min_mass=rows.min_mass,
+            dense=rows.dense,
+            num_kept=torch.empty(per_kv_head, dtype=torch.int32),
+            kept_mass=torch.empty((*per_kv_head[:2], self.num_heads)),
+            lifts=torch.empty(per_kv_head, dtype=torch.int32),
         )
 
 
@@ -337,28 +370,33 @@ class TopThetaCPUImpl(CPUAttentionBackendImpl):
         super().__init__(num_heads, head_size, scale, num_kv_heads, alibi_slopes, *args, **kwargs)
         if alibi_slopes is not None:
             raise ValueError(
-                "toptheta does not support ALiBi: thresholds are calibrated on scores without a "
-                "position bias. Serve this model with another --attention-backend"
+                "toptheta does not support ALiBi: its kernels know scores without a position bias "
+                "only. Serve this model with another --attention-backend"
             )
         self.head_dim = head_size
         self.sm_scale = self.scale
         self.window = None if self.sliding_window == -1 else self.sliding_window
         self.soft_cap = self.logits_soft_cap or None
-        self.kernel_impl, why_not_native = available_impl()
+        self.target, why_not_native = available_target()
         if why_not_native:
             logger.warning_once(
-                "toptheta: running the PyTorch decode path, which is slower than stock vLLM: %s",
+                "toptheta: running the eager path, which is much slower than stock vLLM: %s",
                 why_not_native,
             )
-        config = TopThetaConfig.from_additional_config(get_current_vllm_config().additional_config)
-        TopThetaCPUBackend.group_size = config.group_size
 
-    def bind(self, slot: int, layout: PageLayout, compensation: bool) -> None:
-        """Tell the layer its place in the builder's tensors; called once the cache layout is
-        known."""
+    def bind(self, slot: int, layout: PageLayout, weights: torch.Tensor, *, means: bool) -> None:
+        """Tell the layer what it runs with; called once the cache layout is known.
+
+        Args:
+            slot: its place in the builder's tensors.
+            layout: of its pages.
+            weights: [num_heads, NUM_WEIGHTS] float32, of the compensation.
+            means: whether the kernels read V means.
+        """
         self.slot = slot
         self.layout = layout
-        self.compensation = compensation
+        self.weights = weights
+        self.means = means
 
     def _kv_only(self, kv_cache: torch.Tensor) -> torch.Tensor:
         """vLLM's own view of the cache: the pages without their side data."""
@@ -376,8 +414,8 @@ class TopThetaCPUImpl(CPUAttentionBackendImpl):
         slot_mapping: torch.Tensor,
     ) -> None:
         super().do_kv_cache_update(layer, key, value, self._kv_only(kv_cache), slot_mapping)
-        if self.compensation:
-            update_v_means(kv_cache, self.layout, slot_mapping, impl=self.kernel_impl)
+        if self.means:
+            update_v_means(kv_cache, self.layout, slot_mapping, target=self.target)
 
     def forward(
         self,
@@ -404,17 +442,19 @@ class TopThetaCPUImpl(CPUAttentionBackendImpl):
                 self.layout,
                 decode.block_table,
                 decode.seq_lens,
-                decode.theta[self.slot],
+                decode.log_min_prob[self.slot],
+                decode.min_mass,
                 sm_scale=self.sm_scale,
                 dense=decode.dense[self.slot],
-                compensation=self.compensation,
+                weights=self.weights,
                 window=self.window,
                 soft_cap=self.soft_cap,
                 sinks=sinks,
                 out=output[:num_decodes],
                 num_kept=decode.num_kept[self.slot],
-                v_rows_read=decode.v_rows_read[self.slot],
-                impl=self.kernel_impl,
+                kept_mass=decode.kept_mass[self.slot],
+                lifts=decode.lifts[self.slot],
+                target=self.target,
             )
         if (prompts := attn_metadata.prompts) is not None:
             rest = slice(num_decodes, attn_metadata.num_actual_tokens)
@@ -425,17 +465,17 @@ class TopThetaCPUImpl(CPUAttentionBackendImpl):
                 prompts.block_table,
                 prompts.query_start_loc,
                 prompts.seq_lens,
-                prompts.theta[self.slot],
+                prompts.log_min_prob[self.slot],
                 sm_scale=self.sm_scale,
                 dense=prompts.dense[self.slot],
-                compensation=self.compensation,
                 window=self.window,
                 soft_cap=self.soft_cap,
                 sinks=sinks,
                 out=output[rest],
                 num_kept=prompts.num_kept[self.slot],
                 v_tiles_read=prompts.v_tiles_read[self.slot],
-                impl=self.kernel_impl,
+                kept_mass=prompts.kept_mass[self.slot],
+                target=self.target,
             )
         if attn_metadata.prefill is not None:
             rest = slice(num_decodes, attn_metadata.num_actual_tokens)
@@ -453,10 +493,24 @@ class TopThetaCPUImpl(CPUAttentionBackendImpl):
         return output
 
 
-def stock_prompts_are_faster() -> bool:
+def packing_of(stock_isa: str) -> Packing:
+    """How K and V lie in the pages of this engine.
+
+    Args:
+        stock_isa: what vLLM chooses for the layers, by dtype, sizes and processor.
+    """
+    # With kernels that read AMX tiles: "amx" where stock_isa is.
+    return "vec"
+
+
+def stock_prompts_are_faster(packing: Packing, target: Target) -> bool:
     """Whether CPU_ATTN runs prompts that are not pruned faster than our dense kernel.
 
-    It does with AVX-512 (measured on Zen 5: up to 1.2x), not with AVX2. This is the question by
-    which vLLM chooses the library that it loads.
+    It does with AVX-512 (measured on Zen 5: up to 1.2x), more so with AMX, not with AVX2. This is
+    the question by which vLLM chooses the library that it loads.
+
+    Args:
+        packing: of the pages.
+        target: of our kernels; the eager one is always slower.
     """
-    return torch.cpu._is_avx512_supported()
+    return target == "eager" or packing == "amx" or torch.cpu._is_avx512_supported()

@@ -1,24 +1,26 @@
-"""What every decode row of a batch is to do: row lengths and request options in, thresholds and
-reasons to run dense out.
+"""What every row of a batch is to do: row lengths and request options in, thresholds and reasons to
+run dense out.
 """
 
-from collections import OrderedDict, defaultdict
+import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from vllm_toptheta.backend.plan import Plan
-from vllm_toptheta.request_options import RequestOptions
+from vllm_toptheta.request_options import RequestOptions, Target
 from vllm_toptheta.telemetry.carrier import batch_request_ids
 from vllm_toptheta.telemetry.step_log import STEP_LOG
-from vllm_toptheta.thresholds import LevelThresholds
 
 REASONS = ("dense_short", "dense_window", "dense_layer", "dense_off")
 
-_MAX_LEVELS = 64
-"""Levels kept ready. Clients choose k freely, so without a bound they could fill the memory."""
+_NO_WINDOW = 1 << 40
+_MAX_CURVES = 1024
+"""Curves of k kept ready, a few numbers each. Clients choose k freely, so there is a bound."""
 
 
 def row_options(cam: Any) -> dict[int, RequestOptions]:
@@ -63,68 +65,37 @@ def rest_of_batch(
 
 @dataclass
 class RowPlan:
-    """What decode rows are to do in every layer of one builder.
+    """What rows are to do in every layer of one builder. The tensors are the caller's own.
 
     Attributes:
-        visible: [num_layers, num_decodes] int64, keys a row may see.
-        theta: [num_layers, num_decodes, num_heads] float32, units of q.k * sm_scale.
-        target: [num_layers, num_decodes] int64, keys a row is to keep, all heads together.
-        reasons: {name in REASONS: [num_layers, num_decodes] bool}; at most one holds.
+        visible: [num_layers, num_rows] int64, keys a row may see.
+        log_min_prob: [num_layers, num_rows, num_kv_heads] float32, natural logarithm of the
+            attention probability below which a key is dropped.
+        min_mass: [num_rows] float32, share of a row's attention that is kept at least.
+        target: [num_layers, num_rows] int64, keys a row is to keep, all heads together, where k
+            rules; else 0.
+        reasons: {name in REASONS: [num_layers, num_rows] bool}; at most one holds.
     """
 
-    visible: torch.Tensor
-    theta: torch.Tensor
-    target: torch.Tensor
-    reasons: dict[str, torch.Tensor]
+    visible: Tensor
+    log_min_prob: Tensor
+    min_mass: Tensor
+    target: Tensor
+    reasons: dict[str, Tensor]
 
-    def put(self, where: Any, part: "RowPlan") -> None:
-        """Write another plan over some layers or rows of this one."""
-        self.visible[where], self.theta[where] = part.visible, part.theta
-        self.target[where] = part.target
-        for name, values in part.reasons.items():
-            self.reasons[name][where] = values
-
-
-@dataclass(frozen=True)
-class _LayerGroup:
-    """Layers of one builder with the same window.
-
-    Attributes:
-        window: keys a row sees at most, or None.
-        layers: their indices in the model.
-        slots: [num] their positions in the builder's tensors.
-        dense: [num, 1] bool, excluded by an option.
-    """
-
-    window: int | None
-    layers: list[int]
-    slots: torch.Tensor
-    dense: torch.Tensor
-
-
-@dataclass(frozen=True)
-class _Level:
-    """One group at one k.
-
-    Attributes:
-        thresholds: of the group's layers and this rank's heads.
-        layer_k: [num, 1] mean keys a row keeps.
-        limit: [num, 1] rows that see at most this many keys run dense.
-        head_k: [num, 1, num_heads] int64, keys a head is to keep.
-    """
-
-    thresholds: LevelThresholds
-    layer_k: torch.Tensor
-    limit: torch.Tensor
-    head_k: torch.Tensor
+    @property
+    def dense(self) -> Tensor:
+        """[num_layers, num_rows] bool, rows that run without pruning."""
+        return torch.stack(list(self.reasons.values())).any(0)
 
 
 class Dial:
-    """Thresholds of one builder's layers, for any k that requests ask for.
+    """Thresholds of one builder's layers, for whatever requests ask for.
 
     Attributes:
         layers: index of the builder's layers into an axis of all layers; a slice where they
             follow each other.
+        weights: [num_layers, num_heads, NUM_WEIGHTS] float32, of the compensation.
     """
 
     def __init__(
@@ -135,10 +106,10 @@ class Dial:
         first_head: int,
         num_heads: int,
     ) -> None:
-        """Prepare the configured k.
+        """Prepare what does not depend on the batch.
 
         Args:
-            plan: options and thresholds of the engine.
+            plan: options and calibration of the engine.
             layers: the builder's layers, in the order of its tensors.
             windows: keys a row sees at most, for each of them.
             first_head: first query head of this rank.
@@ -146,130 +117,108 @@ class Dial:
         """
         in_a_row = layers == list(range(layers[0], layers[0] + len(layers)))
         self.layers = slice(layers[0], layers[-1] + 1) if in_a_row else layers
-        self._plan = plan
-        self._num_layers = len(layers)
-        self._heads = (first_head, num_heads)
-        by_window: dict[int | None, list[int]] = defaultdict(list)
-        for slot, window in enumerate(windows):
-            by_window[window].append(slot)
-        self._groups = [
-            self._group(window, slots, [layers[slot] for slot in slots])
-            for window, slots in by_window.items()
-        ]
-        self._levels: OrderedDict[float | None, list[_Level]] = OrderedDict()
-        self._at(None)
+        self.weights, self._offsets = plan.of_rank(layers, first_head, num_heads)
+        self._plan, self._num_heads = plan, num_heads
+        # Lengths and thresholds of rows differ between windows, not between layers.
+        distinct = list(dict.fromkeys(windows))
+        self._windows = torch.tensor([[window or _NO_WINDOW] for window in distinct])
+        self._window_of = torch.tensor([distinct.index(window) for window in windows])
+        own = [plan.layer_log_min_prob(index) for index in layers]
+        self._has_own = torch.tensor([[value is not None] for value in own])
+        self._own = torch.tensor([[value or 0.0] for value in own])
+        dense = torch.tensor([[plan.layer_is_dense(index)] for index in layers])
+        never = self._windows[self._window_of] <= plan.config.min_kv_len
+        self._dense_layer, self._dense_window = dense, never & ~dense
+        self._curve_at_k = functools.lru_cache(_MAX_CURVES)(self._curve_of)
 
     def plan(
         self,
-        seq_lens: torch.Tensor,
+        seq_lens: Tensor,
         options: Mapping[int, RequestOptions],
-        default_k: float | None = None,
-        query_lens: torch.Tensor | None = None,
+        phase: Literal["decode", "prefill"] = "decode",
+        query_lens: Tensor | None = None,
     ) -> RowPlan:
         """Look up what the rows of a batch are to do.
 
         Args:
-            seq_lens: [num_rows] int32, keys of each row.
+            seq_lens: [num_rows] integer, keys of each row.
             options: by request, where they are not the default ones; others are ignored.
-            default_k: mean keys a row keeps where its request does not say; None for the
-                configured k.
+            phase: which of the server's targets holds where a request does not say.
             query_lens: [num_requests] int64, rows of each request; None for one each.
-
-        Returns:
-            A plan that is the caller's own.
         """
-        if not options:
-            return self._lookup(default_k, seq_lens)
-        asked_of = [
-            options.get(i) for i in range(len(seq_lens if query_lens is None else query_lens))
-        ]
-        ks = [default_k if asked is None or asked.k is None else asked.k for asked in asked_of]
-        groups = {k: group for group, k in enumerate(dict.fromkeys(ks))}
-        off = torch.tensor([asked is not None and asked.off for asked in asked_of])
-        group_of = torch.tensor([groups[k] for k in ks])
-        if query_lens is not None:
-            off = off.repeat_interleave(query_lens)
-            group_of = group_of.repeat_interleave(query_lens)
-        if len(groups) == 1:
-            plan = self._lookup(ks[0], seq_lens)
-        else:
-            plan = self._empty(len(seq_lens))
-            for k, group in groups.items():
-                rows = _as_slice((group_of == group).nonzero().squeeze(1))
-                plan.put((slice(None), rows), self._lookup(k, seq_lens[rows]))
-        if off.any():
-            for name in REASONS:
-                plan.reasons[name][:, off] = name == "dense_off"
-        return plan
-
-    def _group(self, window: int | None, slots: list[int], layers: list[int]) -> _LayerGroup:
-        dense = torch.tensor([[self._plan.layer_is_dense(index)] for index in layers])
-        return _LayerGroup(window, layers, torch.tensor(slots), dense)
-
-    def _at(self, k: float | None) -> list[_Level]:
-        """The levels of all groups at a k, from the least recently used cache."""
-        if k not in self._levels:
-            self._levels[k] = [self._level(group, k) for group in self._groups]
-            if len(self._levels) > _MAX_LEVELS:
-                self._levels.popitem(last=False)
-        self._levels.move_to_end(k)
-        return self._levels[k]
-
-    def _level(self, group: _LayerGroup, k: float | None) -> _Level:
-        layer_k = torch.tensor([[self._plan.layer_k(index, k)] for index in group.layers])
-        thresholds = self._plan.thresholds(group.layers, *self._heads, k)
-        return _Level(
-            thresholds,
-            layer_k,
-            layer_k.clamp(min=self._plan.config.min_kv_len),
-            thresholds.head_k.round().to(torch.int64)[:, None],
-        )
-
-    def _empty(self, num_decodes: int) -> RowPlan:
-        shape = (self._num_layers, num_decodes)
+        server: Target | None = getattr(self._plan.targets, phase)
+        num_requests = len(seq_lens if query_lens is None else query_lens)
+        asked = {i: one for i, one in options.items() if i < num_requests}
+        visible = torch.minimum(seq_lens.to(torch.int64), self._windows)
+        off = torch.zeros(len(seq_lens), dtype=torch.bool)
+        which = torch.zeros(len(seq_lens), dtype=torch.int64)
+        targets = [server or Target(1.0)]
+        if asked and server is not None:
+            of_request = [
+                server if i not in asked else server.of(asked[i]) for i in range(num_requests)
+            ]
+            targets = list(dict.fromkeys(of_request))
+            number = {target: i for i, target in enumerate(targets)}
+            which = torch.tensor([number[target] for target in of_request])
+            off = torch.tensor([i in asked and asked[i].off for i in range(num_requests)])
+            if query_lens is not None:
+                which, off = (x.repeat_interleave(query_lens) for x in (which, off))
+        log_min_prob = self._log_min_prob(targets, which, visible)[self._window_of]
+        log_min_prob = torch.where(self._has_own, self._own, log_min_prob)
+        visible = visible[self._window_of]
+        target = self._keys_meant(targets, which, visible)
         return RowPlan(
-            visible=torch.empty(shape, dtype=torch.int64),
-            theta=torch.empty((*shape, self._heads[1])),
-            target=torch.empty(shape, dtype=torch.int64),
-            reasons={name: torch.zeros(shape, dtype=torch.bool) for name in REASONS},
+            visible=visible,
+            log_min_prob=log_min_prob[..., None] + self._offsets[:, None],
+            min_mass=torch.tensor([target.min_mass for target in targets])[which],
+            target=target,
+            reasons=self._reasons(visible, off, excluded=server is None),
         )
 
-    def _lookup(self, k: float | None, seq_lens: torch.Tensor) -> RowPlan:
-        """The plan of rows that all ask for the same k."""
-        levels = self._at(k)
-        parts = [
-            _plan(group, level, seq_lens) for group, level in zip(self._groups, levels, strict=True)
-        ]
-        if len(parts) == 1:
-            return parts[0]
-        plan = self._empty(len(seq_lens))
-        for group, part in zip(self._groups, parts, strict=True):
-            plan.put(group.slots, part)
-        return plan
+    def _log_min_prob(self, targets: list[Target], which: Tensor, visible: Tensor) -> Tensor:
+        """[num_windows, num_rows] thresholds, without what differs between layers.
 
+        Args:
+            targets: distinct ones.
+            which: [num_rows] int64, the target of each row.
+            visible: [num_windows, num_rows] int64.
+        """
+        table = self._plan.table
+        if table is None or all(target.k is None for target in targets):
+            constants = torch.tensor([math.log(target.min_prob or 1.0) for target in targets])
+            return constants[which].expand(visible.shape)
+        curves = torch.stack([self._curve_at_k(target) for target in targets])
+        return table.lookup(curves[which], visible.T).T
 
-def _as_slice(rows: torch.Tensor) -> torch.Tensor | slice:
-    """Rising row numbers as a slice where they follow each other: writing to it is cheaper."""
-    first, last = int(rows[0]), int(rows[-1])
-    return slice(first, last + 1) if last - first + 1 == len(rows) else rows
+    def _curve_of(self, target: Target) -> Tensor:
+        """[num_knots] thresholds at the row lengths of the table."""
+        table = self._plan.table
+        assert table is not None
+        if target.k is not None:
+            return table.curve_at_k(target.k)
+        return torch.full_like(table.lengths, math.log(target.min_prob or 1.0))
 
+    def _keys_meant(self, targets: list[Target], which: Tensor, visible: Tensor) -> Tensor:
+        """[num_layers, num_rows] int64, see `RowPlan.target`."""
+        keys = torch.tensor([round((target.k or 0.0) * self._num_heads) for target in targets])
+        return torch.minimum(keys[which], visible * self._num_heads) * ~self._has_own
 
-def _plan(group: _LayerGroup, level: _Level, seq_lens: torch.Tensor) -> RowPlan:
-    """The plan of one group's layers."""
-    window = group.window
-    lens = seq_lens if window is None else seq_lens.clamp(max=window)
-    visible = lens.to(torch.int64)
-    windowed = ~group.dense & (window is not None and level.layer_k >= window)
-    short = ~group.dense & ~windowed & (lens <= level.limit)
-    return RowPlan(
-        visible=visible.expand_as(short).contiguous(),
-        theta=level.thresholds.lookup(lens),
-        target=torch.minimum(level.head_k, visible[:, None]).sum(2),
-        reasons={
-            "dense_short": short,
-            "dense_window": windowed.expand_as(short).contiguous(),
-            # A copy also where there is one row: callers may write into their plan.
-            "dense_layer": group.dense.expand_as(short).clone(),
-            "dense_off": torch.zeros_like(short),
-        },
-    )
+    def _reasons(self, visible: Tensor, off: Tensor, *, excluded: bool) -> dict[str, Tensor]:
+        """Why rows run dense.
+
+        Args:
+            visible: [num_layers, num_rows] int64.
+            off: [num_rows] bool, the request asked for it.
+            excluded: an option excludes all of these rows.
+        """
+        nothing = torch.zeros_like(visible, dtype=torch.bool)
+        if excluded:
+            return {name: nothing | (name == "dense_layer") for name in REASONS}
+        on = ~off
+        short = (visible <= self._plan.config.min_kv_len) & on
+        return {
+            "dense_short": short & ~self._dense_layer & ~self._dense_window,
+            "dense_window": self._dense_window & on,
+            "dense_layer": self._dense_layer & on,
+            "dense_off": nothing | off,
+        }

@@ -1,5 +1,5 @@
-"""The GPU backend: vLLM's attention calls in, single-token rows through the Top-theta decode kernel
-and the rest through vLLM's Triton attention.
+"""The GPU backend: single-token rows of vLLM's attention calls run on the Top-theta decode kernel,
+the rest on vLLM's Triton attention.
 
 Everything that the decode kernel needs lives in tensors that stay in place and are refreshed in
 `build`, which runs every step, also where a captured graph replays the layers. By default only
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
+from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
@@ -31,26 +31,24 @@ from vllm.v1.attention.backends.triton_attn import (
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_toptheta.backend.dial import rest_of_batch, row_options
-from vllm_toptheta.backend.gpu_prompts import plan_prompts
-from vllm_toptheta.backend.gpu_tensors import DecodeRows, LayerShape, StepTensors
+from vllm_toptheta.backend.gpu_tensors import LayerShape, StepRows, StepTensors
 from vllm_toptheta.backend.gpu_warmup import warm_up
 from vllm_toptheta.backend.plan import Plan
-from vllm_toptheta.backend.prompts import PromptRows
 from vllm_toptheta.backend.registration import NAME
 from vllm_toptheta.backend.sidecar import check_room, pad_page, v_means_view
 from vllm_toptheta.backend.step import GPUStepCounts
-from vllm_toptheta.config import TopThetaConfig
-from vllm_toptheta.kernels.triton_checks import MAX_HEAD_DIM, MIN_HEAD_DIM, check_supported
-from vllm_toptheta.kernels.triton_config import choose_config, choose_prefill_config
-from vllm_toptheta.kernels.triton_decode import decode_attention
-from vllm_toptheta.kernels.triton_means import update_v_means
-from vllm_toptheta.kernels.triton_prefill import prefill_attention
+from vllm_toptheta.kernels.triton.checks import MAX_HEAD_DIM, MIN_HEAD_DIM, check_supported
+from vllm_toptheta.kernels.triton.config import choose_config, choose_prefill_config
+from vllm_toptheta.kernels.triton.decode import decode_attention
+from vllm_toptheta.kernels.triton.means import update_v_means
+from vllm_toptheta.kernels.triton.prefill import prefill_attention
 from vllm_toptheta.telemetry.carrier import install_on_worker
 from vllm_toptheta.telemetry.step_log import STEP_LOG
 
 logger = init_logger("vllm.toptheta.gpu")
 
-_ROCM_SHARED_BYTES = 64 << 10
+_PREFERRED_BLOCK_SIZE = 64
+"""Groups of tokens with a mean V have up to 64 and do not cross blocks."""
 
 
 class TopThetaGPUBackend(TritonAttentionBackend):
@@ -59,10 +57,6 @@ class TopThetaGPUBackend(TritonAttentionBackend):
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16]
     # No fp8_e5m2: vLLM's Triton cache writer stores e4m3 under either name.
     supported_kv_cache_dtypes = ["auto", "float16", "bfloat16", "fp8", "fp8_e4m3"]
-    group_size = TopThetaConfig.model_fields["group_size"].default
-    """Set by the first layer of an engine: vLLM asks for the page size where it hands out no
-    configuration.
-    """
 
     @staticmethod
     def get_name() -> str:
@@ -78,7 +72,11 @@ class TopThetaGPUBackend(TritonAttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
-        return pad_page(spec, cls.group_size)
+        return pad_page(spec)
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        return max(super().get_preferred_block_size(default_block_size), _PREFERRED_BLOCK_SIZE)
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
@@ -145,16 +143,14 @@ class TopThetaGPUMetadata:
     """One step's attention metadata for the layers of one builder.
 
     Attributes:
-        num_actual_tokens: tokens of the batch; single-token rows first.
-        decode: the single-token rows, or None.
-        prefill: TRITON_ATTN's metadata of the remaining rows, or None.
-        prompts: the remaining rows, where they run on our kernel, or None.
+        num_actual_tokens: tokens of the batch; single-token requests first.
+        rows: the tokens that run on our kernels, or None.
+        prefill: TRITON_ATTN's metadata of the other requests, or None.
     """
 
     num_actual_tokens: int
-    decode: DecodeRows | None
+    rows: StepRows | None
     prefill: TritonAttentionMetadata | None
-    prompts: PromptRows | None = None
 
 
 class TopThetaGPUMetadataBuilder(TritonAttentionMetadataBuilder):
@@ -178,8 +174,7 @@ class TopThetaGPUMetadataBuilder(TritonAttentionMetadataBuilder):
         # Thresholds are looked up in build(), which a graph of draft steps would skip.
         self.supports_draft_decode_metadata_update = False
         self.plan = Plan.from_vllm_config(vllm_config)
-        if self.plan.config.compensation:
-            check_room(kv_cache_spec, self.plan.config.group_size)
+        check_room(kv_cache_spec)
         attention = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         layers = [attention[name] for name in layer_names]
         self._check_layers(layers)
@@ -187,9 +182,6 @@ class TopThetaGPUMetadataBuilder(TritonAttentionMetadataBuilder):
         shape = LayerShape.of(impls, self.plan, vllm_config.parallel_config.tensor_parallel_size)
         check_supported(shape.head_dim, shape.num_heads, shape.num_kv_heads, self.block_size)
         indices = [self.plan.layer_index(name) for name in layer_names]
-        for slot, impl in enumerate(impls):
-            impl.bind(slot)
-        name, num_units, shared_limit = _device_limits(device)
         self.tensors = StepTensors(
             self.plan,
             indices,
@@ -197,16 +189,14 @@ class TopThetaGPUMetadataBuilder(TritonAttentionMetadataBuilder):
             shape,
             # No batch has more requests, not even a captured one with its padding.
             max_rows=vllm_config.scheduler_config.max_num_seqs,
-            launch=choose_config(
-                head_dim=shape.head_dim,
-                group_size=self.plan.config.group_size,
-                cache_bytes=kv_cache_spec.dtype.itemsize,
-                device=name,
-                shared_limit=shared_limit,
-            ),
-            num_units=num_units,
+            max_len=vllm_config.model_config.max_model_len,
+            block_size=self.block_size,
+            launch=choose_config(head_dim=shape.head_dim),
+            num_units=_num_units(device),
             device=device,
         )
+        for slot, impl in enumerate(impls):
+            impl.bind(slot, self.tensors)
         if vllm_config.speculative_config is not None and self.plan.config.phases == "decode":
             logger.warning_once(
                 "toptheta: rows that verify several draft tokens at once are not pruned; "
@@ -241,31 +231,15 @@ class TopThetaGPUMetadataBuilder(TritonAttentionMetadataBuilder):
                 "toptheta attends to earlier tokens only, this model to later ones as well. "
                 "Serve it with another --attention-backend"
             )
-        num_rows = _count_single_token_rows(cam.query_start_loc_cpu.diff())
+        num_single = _count_single_token_rows(cam.query_start_loc_cpu.diff())
         options = row_options(cam)
-        decode = None
-        if num_rows:
-            prompt = None if cam.is_prefilling is None else cam.is_prefilling[:num_rows]
-            decode = self.tensors.refresh(
-                cam.seq_lens[:num_rows], cam.block_table_tensor, prompt, options
-            )
-        prefill, prompts = None, None
-        if num_rows < cam.num_reqs:
-            rest, rest_options = rest_of_batch(cam, options, num_rows)
-            if self.plan.config.phases == "decode":
-                # An own copy: vLLM's kernel is compiled anew for lengths that start anywhere.
-                rest = rest.replace(seq_lens=rest.seq_lens.clone())
-                prefill = super().build(common_prefix_len, rest, fast_build)
-            else:
-                prompts = plan_prompts(
-                    self.tensors,
-                    rest.block_table_tensor,
-                    rest.query_start_loc,
-                    rest.seq_lens,
-                    rest.num_actual_tokens,
-                    rest_options,
-                )
-        metadata = TopThetaGPUMetadata(cam.num_actual_tokens, decode, prefill, prompts)
+        rows, prefill = self.tensors.refresh(cam, num_single, options), None
+        if num_single < cam.num_reqs and self.plan.targets.prefill is None:
+            rest, _ = rest_of_batch(cam, options, num_single)
+            # An own copy: vLLM's kernel is compiled anew for lengths that start anywhere.
+            rest = rest.replace(seq_lens=rest.seq_lens.clone())
+            prefill = super().build(common_prefix_len, rest, fast_build)
+        metadata = TopThetaGPUMetadata(cam.num_actual_tokens, rows, prefill)
         detail = [row for row, asked in options.items() if asked.layers]
         STEP_LOG.append(self.counts(cam, metadata, detail))
         return metadata
@@ -277,15 +251,7 @@ class TopThetaGPUMetadataBuilder(TritonAttentionMetadataBuilder):
         detail: list[int],
     ) -> GPUStepCounts:
         """What the counters need of a step that was built; `detail` as there."""
-        return GPUStepCounts(
-            tensors=self.tensors,
-            num_rows=0 if metadata.decode is None else metadata.decode.num_rows,
-            prompts=metadata.prompts,
-            query_start_loc=cam.query_start_loc,
-            seq_lens=cam.seq_lens,
-            num_layers=self.plan.table.num_layers,
-            detail=detail,
-        )
+        return GPUStepCounts(self.tensors, metadata.rows, cam.query_start_loc, cam.seq_lens, detail)
 
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
@@ -293,7 +259,7 @@ class TopThetaGPUMetadataBuilder(TritonAttentionMetadataBuilder):
         # Short rows keep the capture fast; the grid depends on the batch size alone.
         common_attn_metadata.seq_lens.fill_(1)
         metadata = self.build(0, common_attn_metadata)
-        if metadata.prefill is not None or metadata.prompts is not None:
+        if common_attn_metadata.max_query_len > 1:
             raise RuntimeError(
                 "toptheta captures graphs of single-token rows only; set the compilation option "
                 "cudagraph_mode to FULL_AND_PIECEWISE or FULL_DECODE_ONLY"
@@ -307,15 +273,11 @@ def _count_single_token_rows(query_lens: torch.Tensor) -> int:
     return int(longer.int().argmax()) if bool(longer.any()) else len(query_lens)
 
 
-def _device_limits(device: torch.device) -> tuple[str, int, int | None]:
-    """Name, multiprocessors and shared memory per program; nothing in particular without a GPU."""
+def _num_units(device: torch.device) -> int:
+    """Multiprocessors."""
     if device.type != "cuda":
-        return "", 1, None
-    properties = torch.cuda.get_device_properties(device)
-    shared = getattr(properties, "shared_memory_per_block_optin", None)
-    if current_platform.is_rocm():
-        shared = _ROCM_SHARED_BYTES
-    return properties.name, properties.multi_processor_count, shared
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 class TopThetaGPUImpl(TritonAttentionImpl):
@@ -336,9 +298,8 @@ class TopThetaGPUImpl(TritonAttentionImpl):
     ) -> None:
         if alibi_slopes is not None:
             raise ValueError(
-                "toptheta does not support ALiBi: thresholds are calibrated on scores "
-                "without a position bias. "
-                "Serve this model with another --attention-backend"
+                "toptheta does not support ALiBi: its kernels know scores without a position bias "
+                "only. Serve this model with another --attention-backend"
             )
         if kwargs.get("chunk_lookback", -1) != -1:
             raise ValueError(
@@ -359,22 +320,18 @@ class TopThetaGPUImpl(TritonAttentionImpl):
         self.window = sliding_window
         self.soft_cap = self.logits_soft_cap or None
         self.is_fp8 = self.kv_cache_dtype.startswith("fp8")
-        # vLLM would hand over a query in fp8; scores are compared with thresholds, so they keep its
-        # full precision.
+        # vLLM would hand over a query in fp8; scores decide what is kept, so they keep its full
+        # precision.
         self.supports_quant_query_input = False
-        config = TopThetaConfig.from_additional_config(get_current_vllm_config().additional_config)
-        self.group_size, self.compensation = config.group_size, config.compensation
         self.prefill_config = choose_prefill_config(
             head_dim=head_size,
-            group_size=config.group_size,
             cache_bytes=1 if self.is_fp8 else 2,
             warp_size=64 if current_platform.is_rocm() else 32,
         )
-        TopThetaGPUBackend.group_size = config.group_size
 
-    def bind(self, slot: int) -> None:
+    def bind(self, slot: int, tensors: StepTensors) -> None:
         """Tell the layer its place in the builder's tensors."""
-        self.slot = slot
+        self.slot, self.tensors = slot, tensors
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         return False
@@ -382,14 +339,6 @@ class TopThetaGPUImpl(TritonAttentionImpl):
     def fused_rope_kvcache_supported(self) -> bool:
         # The fused writer would leave the V means behind.
         return False
-
-    def _means(self, kv_cache: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
-        """[num_blocks, num_kv_heads, groups, head_dim] view of the page's side data; None without
-        compensation.
-        """
-        # Layers that never prune keep means too: others may share their cache. Made anew each time:
-        # a view that is kept would keep the temporary cache of vLLM's memory profiling allocated.
-        return v_means_view(kv_cache, self.group_size, dtype) if self.compensation else None
 
     def _split(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V, each [num_blocks, num_kv_heads, block_size, head_dim]."""
@@ -407,8 +356,9 @@ class TopThetaGPUImpl(TritonAttentionImpl):
         slot_mapping: torch.Tensor,
     ) -> None:
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-        v_means = self._means(kv_cache, key.dtype)
-        if v_means is not None:
+        # Layers that never prune keep means too: others may share their cache.
+        if self.tensors.plan.needs_means:
+            v_means = v_means_view(kv_cache, key.dtype)
             update_v_means(self._split(kv_cache)[1], v_means, slot_mapping)
 
     def forward(
@@ -427,65 +377,73 @@ class TopThetaGPUImpl(TritonAttentionImpl):
             return output.fill_(0)
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("toptheta does not fuse output quantisation")
-        key_cache, value_cache = self._split(kv_cache)
-        # Converted anew each time, also where a graph replays: weights may be loaded again.
-        sinks = None if self.sinks is None else self.sinks.float()
-        num_rows = 0
-        if (rows := attn_metadata.decode) is not None:
-            num_rows = rows.num_rows
-            decode_attention(
-                query[:num_rows],
-                key_cache,
-                value_cache,
-                self._means(kv_cache, query.dtype),
-                rows.block_table,
-                rows.seq_lens,
-                rows.theta[self.slot],
-                sm_scale=self.sm_scale,
-                dense=rows.dense[self.slot],
-                out=output[:num_rows],
-                num_kept=rows.num_kept[self.slot],
-                v_rows_read=rows.v_rows_read[self.slot],
-                scratch=rows.scratch,
-                num_splits=rows.num_splits,
-                config=rows.config,
-                window=self.window,
-                soft_cap=self.soft_cap,
-                sinks=sinks,
-                k_scale=layer._k_scale if self.is_fp8 else None,
-                v_scale=layer._v_scale if self.is_fp8 else None,
-            )
-        rest = slice(num_rows, attn_metadata.num_actual_tokens)
-        if (prompts := attn_metadata.prompts) is not None:
-            prefill_attention(
-                query[rest],
-                key_cache,
-                value_cache,
-                self._means(kv_cache, query.dtype),
-                prompts.block_table,
-                prompts.query_start_loc,
-                prompts.seq_lens,
-                prompts.theta[self.slot],
-                sm_scale=self.sm_scale,
-                dense=prompts.dense[self.slot],
-                out=output[rest],
-                num_kept=prompts.num_kept[self.slot],
-                v_tiles_read=prompts.v_tiles_read[self.slot],
-                config=self.prefill_config,
-                window=self.window,
-                soft_cap=self.soft_cap,
-                sinks=sinks,
-                k_scale=layer._k_scale if self.is_fp8 else None,
-                v_scale=layer._v_scale if self.is_fp8 else None,
-            )
+        rows, num_single = attn_metadata.rows, 0
+        if rows is not None:
+            num_single = rows.num_single
+            self._attend(layer, query, kv_cache, rows, output, attn_metadata.num_actual_tokens)
         if attn_metadata.prefill is not None:
+            rest = slice(num_single, attn_metadata.num_actual_tokens)
             super().forward(
-                layer,
-                query[rest],
-                key,
-                value,
-                kv_cache,
-                attn_metadata.prefill,
-                output[rest],
+                layer, query[rest], key, value, kv_cache, attn_metadata.prefill, output[rest]
             )
         return output
+
+    def _attend(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        rows: StepRows,
+        output: torch.Tensor,
+        num_tokens: int,
+    ) -> None:
+        """Run our kernels over the tokens of a step that are theirs."""
+        # Made anew each time: a view that is kept would keep the temporary cache of vLLM's memory
+        # profiling allocated.
+        cache = (*self._split(kv_cache), v_means_view(kv_cache, query.dtype))
+        common = {
+            "sm_scale": self.sm_scale,
+            "window": self.window,
+            "soft_cap": self.soft_cap,
+            # Converted anew each time, also where a graph replays: weights may be loaded again.
+            "sinks": None if self.sinks is None else self.sinks.float(),
+            "k_scale": layer._k_scale if self.is_fp8 else None,
+            "v_scale": layer._v_scale if self.is_fp8 else None,
+        }
+        slot, held, per_token = self.slot, self.tensors, rows.tensors
+        if n := rows.num_single:
+            decode_attention(
+                query[:n],
+                *cache,
+                rows.block_table[:n],
+                rows.seq_lens[:n],
+                per_token.log_min_prob[slot, :n],
+                rows.min_mass,
+                dense=per_token.dense[slot, :n],
+                weights=held.weights[slot],
+                out=output[:n],
+                num_kept=per_token.num_kept[slot, :n],
+                kept_mass=per_token.kept_mass[slot, :n],
+                lifts=per_token.lifts[slot, :n],
+                scratch=held.scratch,
+                num_splits=held.num_splits(n),
+                config=held.launch,
+                **common,
+            )
+        if rows.prompt_starts is not None:
+            rest = slice(n, num_tokens)
+            prefill_attention(
+                query[rest],
+                *cache,
+                rows.block_table[n:],
+                rows.prompt_starts,
+                rows.seq_lens[n:],
+                per_token.log_min_prob[slot, n:],
+                dense=per_token.dense[slot, n:],
+                out=output[rest],
+                num_kept=per_token.num_kept[slot, n:],
+                v_tiles_read=per_token.v_tiles_read[slot, n:],
+                kept_mass=per_token.kept_mass[slot, n:],
+                config=self.prefill_config,
+                **common,
+            )

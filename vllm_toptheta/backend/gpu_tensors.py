@@ -1,26 +1,44 @@
-"""What the GPU kernels read and write from step to step, in tensors that stay in place: a plan in,
-the rows of a step out.
+"""What the GPU kernels read and write from step to step, in tensors that stay in place.
 
 A captured graph freezes addresses, grids and numbers. So everything that varies lies in these
-tensors, and everything else depends on the batch size alone.
+tensors, and everything else depends on the batch size alone. Pruned prompts never run inside a
+captured graph: steps that have some get tensors of their own. Row lengths are known on the device
+only, and nothing here waits for it.
 """
 
+import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_toptheta.backend.plan import Plan
-from vllm_toptheta.kernels.triton_checks import NO_WINDOW
-from vllm_toptheta.kernels.triton_config import LaunchConfig, choose_num_splits
-from vllm_toptheta.kernels.triton_counts import CountedLayers, CountedRows
-from vllm_toptheta.kernels.triton_decode import DecodeScratch
-from vllm_toptheta.kernels.triton_theta import lookup_theta
+from vllm_toptheta.kernels.triton.checks import NO_WINDOW
+from vllm_toptheta.kernels.triton.config import LaunchConfig, choose_num_splits
+from vllm_toptheta.kernels.triton.counts import (
+    DENSE_LAYER,
+    DENSE_NONE,
+    DENSE_ROW,
+    DENSE_SHORT,
+    DENSE_WINDOW,
+    CountedLayers,
+    CountedRows,
+)
+from vllm_toptheta.kernels.triton.decode import DecodeScratch
 from vllm_toptheta.request_options import RequestOptions
+
+_MAX_SETTINGS = 256
+"""Settings kept ready. Clients choose numbers freely, so without a bound they could fill memory."""
+
+_DEFAULT = RequestOptions()
+
+_MIN_MASS, _TARGET, _EXCLUDED, _IS_PROMPT, _LOG_MIN_PROB = range(5)
+"""Rows of the settings; the slopes of a curve follow the last."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +64,7 @@ class LayerShape:
             num_ranks: tensor-parallel ranks.
 
         Raises:
-            ValueError: their shapes differ, or the ranks' heads are not those of the table.
+            ValueError: their shapes differ, or the ranks' heads are not those of the model.
         """
         shapes = {(impl.num_heads, impl.num_kv_heads, impl.head_dim) for impl in impls}
         if len(shapes) != 1:
@@ -55,53 +73,73 @@ class LayerShape:
                 "serve this model with another --attention-backend"
             )
         shape = cls(*shapes.pop())
-        if shape.num_heads * num_ranks != plan.table.num_heads:
+        if shape.num_heads * num_ranks != plan.identity.num_heads:
             raise ValueError(
                 f"toptheta: layers have {shape.num_heads} query heads on each of {num_ranks} "
-                f"ranks, the threshold table has {plan.table.num_heads} in all; "
+                f"ranks, the model has {plan.identity.num_heads} in all; "
                 "serve this model with another --attention-backend"
             )
         return shape
 
 
 @dataclass
-class DecodeRows:
-    """The single-token rows of one step; every tensor is a view of persistent ones.
+class RowTensors:
+    """What kernels read and write per query token.
 
     Attributes:
-        num_rows: rows, padding of a captured graph included; they come first in the batch.
-        block_table: [num_rows, max_blocks] int32.
-        seq_lens: [num_rows] int32, 0 for padding.
-        theta: [num_layers, num_rows, num_heads] float32, units of q.k * sm_scale.
-        dense: [num_layers, num_rows] int8, rows that run without pruning.
-        num_kept: [num_layers, num_rows, num_heads] int32, written by the kernel.
-        v_rows_read: [num_layers, num_rows, num_kv_heads] int32, written by the kernel.
-        num_splits: parts a row is cut into.
-        config: launch parameters.
-        scratch: partial results.
+        settings: [num_settings, num_tokens] float32, see `StepTensors.settings`.
+        log_min_prob: [num_layers, num_tokens, num_kv_heads] float32, natural logarithm.
+        dense: [num_layers, num_tokens] int8, rows that run without pruning: DENSE_* codes.
+        num_kept, lifts, v_tiles_read: [num_layers, num_tokens, num_kv_heads] int32, written by the
+            kernels.
+        kept_mass: [num_layers, num_tokens, num_heads] float32, written by the kernels.
     """
 
-    num_rows: int
-    block_table: Tensor
-    seq_lens: Tensor
-    theta: Tensor
+    settings: Tensor
+    log_min_prob: Tensor
     dense: Tensor
     num_kept: Tensor
-    v_rows_read: Tensor
-    num_splits: int
-    config: LaunchConfig
-    scratch: DecodeScratch
+    lifts: Tensor
+    v_tiles_read: Tensor
+    kept_mass: Tensor
+
+
+@dataclass
+class StepRows:
+    """The query tokens of one step that our kernels attend: those of single-token requests, padding
+    of a captured graph included, which come first in the batch, and all others where prompts are
+    pruned.
+
+    Attributes:
+        num_single: single-token requests.
+        block_table: [at least num_reqs, max_blocks] int32.
+        seq_lens: [num_reqs] int32, 0 for padding.
+        prompt_starts: [num_reqs - num_single + 1] int32, first token of each other request, counted
+            from the first of them; None where there are none.
+        tensors: per token; there may be more than tokens.
+    """
+
+    num_single: int
+    block_table: Tensor
+    seq_lens: Tensor
+    prompt_starts: Tensor | None
+    tensors: RowTensors
+
+    @property
+    def min_mass(self) -> Tensor:
+        """[num_single] float32."""
+        return self.tensors.settings[_MIN_MASS, : self.num_single]
 
 
 class StepTensors:
-    """Thresholds per layer, wishes per row, and results per (layer, row).
+    """Thresholds of layers, settings of rows, and what kernels write.
 
     Attributes:
-        max_rows: rows there is room for.
-        layers: index, window and k of every layer.
-        layer_dense: [num_layers] int8.
-        row_wishes: [4, max_rows] float32, see `wishes`.
-        theta, dense, num_kept, v_rows_read: see DecodeRows, for max_rows rows.
+        layers: index and window of every layer.
+        weights: [num_layers, num_heads, NUM_WEIGHTS] float32, of the compensation.
+        counts_kv_heads: whether this rank counts V rows; of ranks that share a kv head one does.
+        held: for max_rows single-token requests.
+        scratch: partial results of the decode kernel.
     """
 
     def __init__(
@@ -112,6 +150,8 @@ class StepTensors:
         shape: LayerShape,
         *,
         max_rows: int,
+        max_len: int,
+        block_size: int,
         launch: LaunchConfig,
         num_units: int,
         device: torch.device,
@@ -123,69 +163,83 @@ class StepTensors:
             indices: the layers' indices in the model.
             windows: keys a row of each layer sees at most; None for all.
             shape: heads and head_dim of the layers.
-            max_rows: rows of the largest batch.
-            launch: launch parameters of the kernels.
+            max_rows: single-token requests of the largest batch.
+            max_len: keys of the longest row.
+            block_size: tokens per block of the cache.
+            launch: launch parameters of the decode kernel.
             num_units: multiprocessors of the device.
             device: where the tensors live.
         """
         self.plan, self.shape, self.device = plan, shape, device
         self.launch, self.num_units, self.max_rows = launch, num_units, max_rows
-        self._allocate_layers(indices, windows)
-        self._allocate_rows(len(indices))
-
-    def _allocate_layers(self, indices: list[int], windows: list[int | None]) -> None:
-        plan, device, num_heads = self.plan, self.device, self.shape.num_heads
-        first = get_tensor_model_parallel_rank() * num_heads
-        table = plan.table.slice_heads(first, first + num_heads)
-        own = [plan.layer_k(i) if self._has_own_k(i) else 0.0 for i in indices]
-        level = [self.level_of(k) if k else 0.0 for k in own]
-        dense = [plan.layer_is_dense(i) for i in indices]
-        spans = [window or NO_WINDOW for window in windows]
-        self.theta_table = table.theta[:, indices].transpose(0, 1).contiguous().to(device)
-        self.slope_table = table.slope[:, indices].transpose(0, 1).contiguous().to(device)
-        self.log2_lengths = table.lengths.log2().to(device)
-        self.layers = CountedLayers(
-            index=torch.tensor(indices, dtype=torch.int32, device=device),
-            window=torch.tensor(spans, dtype=torch.int32, device=device),
-            k=torch.tensor(own, dtype=torch.float32, device=device),
-            level=torch.tensor(level, dtype=torch.float32, device=device),
-            log2_head_k=table.head_k[:, indices].log2().contiguous().to(device),
+        first_head = get_tensor_model_parallel_rank() * shape.num_heads
+        of_model = plan.identity
+        self.counts_kv_heads = first_head % (of_model.num_heads // of_model.num_kv_heads) == 0
+        self._allocate_layers(indices, windows, first_head)
+        self._column = functools.lru_cache(_MAX_SETTINGS)(self._make_column)
+        self._rows_differ = False
+        default = self.settings(torch.zeros(max_rows, dtype=torch.bool), {})
+        self.held = self._allocate_rows(default.to(device))
+        self.scratch = DecodeScratch.allocate(
+            num_rows=max_rows,
+            num_parts=max(n * self.num_splits(n) for n in range(1, max_rows + 1)),
+            max_len=max_len,
+            **asdict(shape),
+            block_size=block_size,
+            tile=launch.tile,
+            device=device,
         )
-        self.layer_dense = torch.tensor(dense, dtype=torch.int8, device=device)
 
-    def _has_own_k(self, index: int) -> bool:
-        override = self.plan.config.layers.get(index)
-        return override is not None and override.k is not None
+    def _allocate_layers(
+        self, indices: list[int], windows: list[int | None], first_head: int
+    ) -> None:
+        plan, min_len = self.plan, self.plan.config.min_kv_len
 
-    def _allocate_rows(self, num_layers: int) -> None:
-        rows, shape = self.max_rows, self.shape
+        def tensor(values: list[Any], dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=self.device)
+
+        of_rank = plan.of_rank(indices, first_head, self.shape.num_heads)
+        self.weights, self._offsets = (part.to(self.device) for part in of_rank)
+        own = [plan.layer_log_min_prob(index) for index in indices]
+        self.layers = CountedLayers(
+            index=tensor(indices, torch.int32),
+            window=tensor([window or NO_WINDOW for window in windows], torch.int32),
+            follows_k=tensor([log is None for log in own], torch.int8),
+        )
+        self._follows_rows = tensor([[log is None] for log in own], torch.bool)
+        self._own_log_min_prob = tensor([[log or 0.0] for log in own])
+        excluded = [
+            DENSE_LAYER
+            if plan.layer_is_dense(index)
+            else DENSE_WINDOW
+            if window is not None and window <= min_len
+            else DENSE_NONE
+            for index, window in zip(indices, windows, strict=True)
+        ]
+        self._layer_excluded = tensor([[code] for code in excluded])
+        # Of layers with the same window rows are as long.
+        spans, self._span_of = self.layers.window.unique(return_inverse=True)
+        self._spans = spans[:, None]
+        self._knots = torch.zeros(1) if plan.table is None else plan.table.lengths.log2()
+        ends = [*self._knots[1:-1].tolist(), math.inf] if plan.table is not None else []
+        self._starts, self._ends = self._knots[:-1].to(self.device), tensor(ends)
+
+    def _allocate_rows(self, settings: Tensor) -> RowTensors:
+        shape = (len(self.layers.index), settings.shape[1])
+        heads, kv_heads = self.shape.num_heads, self.shape.num_kv_heads
 
         def zeros(*sizes: int, dtype: torch.dtype = torch.int32) -> Tensor:
-            return torch.zeros(num_layers, rows, *sizes, dtype=dtype, device=self.device)
+            return torch.zeros(*shape, *sizes, dtype=dtype, device=self.device)
 
-        self.row_wishes = self.wishes(torch.zeros(rows, dtype=torch.bool), {}).to(self.device)
-        self._rows_differ = False
-        self.theta = zeros(shape.num_heads, dtype=torch.float32)
-        self.dense = zeros(dtype=torch.int8)
-        self.num_kept = zeros(shape.num_heads)
-        self.v_rows_read = zeros(shape.num_kv_heads)
-        parts = max(n * self.num_splits(n) for n in range(1, rows + 1))
-        self.scratch = DecodeScratch.allocate(
-            parts, shape.num_heads, shape.num_kv_heads, shape.head_dim, self.device
+        return RowTensors(
+            settings=settings,
+            log_min_prob=zeros(kv_heads, dtype=torch.float32),
+            dense=zeros(dtype=torch.int8),
+            num_kept=zeros(kv_heads),
+            lifts=zeros(kv_heads),
+            v_tiles_read=zeros(kv_heads),
+            kept_mass=zeros(heads, dtype=torch.float32),
         )
-
-    def level_of(self, k: float) -> float:
-        """Position of a k among the table's levels: the index of the lower one plus the weight of
-        the upper one, linear in log2(k).
-        """
-        levels = self.plan.table.levels.tolist()
-        if k <= levels[0]:
-            return 0.0
-        for index, (low, high) in enumerate(zip(levels, levels[1:], strict=False)):
-            if k <= high:
-                weight = (math.log2(k) - math.log2(low)) / (math.log2(high) - math.log2(low))
-                return index + weight
-        return float(len(levels) - 1)
 
     def num_splits(self, num_rows: int) -> int:
         """Parts to cut each row of a batch into; a function of the batch size alone."""
@@ -193,7 +247,7 @@ class StepTensors:
             num_rows, self.shape.num_kv_heads, self.num_units, self.launch.programs_per_unit
         )
 
-    def wishes(self, is_prompt: Tensor, options: Mapping[int, RequestOptions]) -> Tensor:
+    def settings(self, is_prompt: Tensor, options: Mapping[int, RequestOptions]) -> Tensor:
         """What rows are to do in every layer.
 
         Args:
@@ -201,107 +255,143 @@ class StepTensors:
             options: what requests asked for, by row, where it is not the default.
 
         Returns:
-            [4, num_rows] float32 on the CPU, pinned for a GPU: mean keys a row keeps, their
-            position among the levels, 1 where the row runs dense, 1 where it is a prompt token.
+            [num_settings, num_rows] float32 on the CPU, pinned for a GPU: share of the mass to
+            keep, keys to keep by all heads together (0 where no k rules), the DENSE_* code of rows
+            without pruning, 1 for prompt tokens; then the threshold's logarithm as a curve over
+            log2 of the row length: its value at the first knot, and its slopes.
         """
-        plan, num_rows = self.plan, len(is_prompt)
-        config = plan.config
-        rows = torch.empty(4, num_rows, pin_memory=self.device.type == "cuda")
-        rows[0] = torch.where(is_prompt, config.prefill_k, config.k)
-        rows[1] = torch.where(is_prompt, self.level_of(config.prefill_k), self.level_of(config.k))
-        rows[2] = is_prompt if config.phases == "decode" else ~is_prompt
-        if config.phases == "both":
-            rows[2] = 0
-        rows[3] = is_prompt
+        num_settings = _LOG_MIN_PROB + len(self._knots)
+        pinned = self.device.type == "cuda"
+        rows = torch.empty(num_settings, len(is_prompt), pin_memory=pinned)
+        of_prompts, of_others = (
+            self._column(_DEFAULT, prompt)[:, None] for prompt in (True, False)
+        )
+        torch.where(is_prompt, of_prompts, of_others, out=rows)
         for row, asked in options.items():
-            if row < num_rows and asked.k is not None:
-                rows[0, row], rows[1, row] = asked.k, self.level_of(asked.k)
-            if row < num_rows and asked.off:
-                rows[2, row] = 1
+            if row < len(is_prompt):
+                rows[:, row] = self._column(asked, bool(is_prompt[row]))
         return rows
 
-    def look_up(self, seq_lens: Tensor, row_wishes: Tensor, out: Tensor, dense: Tensor) -> None:
-        """Look up thresholds of rows in every layer.
-
-        Args:
-            seq_lens: [num_rows] int32, keys of each row.
-            row_wishes: [4, at least num_rows] float32 on the device, see `wishes`.
-            out: [num_layers, at least num_rows, num_heads] float32, written.
-            dense: [num_layers, at least num_rows] int8, written with DENSE_* codes.
-        """
-        lookup_theta(
-            self.theta_table,
-            self.slope_table,
-            self.log2_lengths,
-            layer_window=self.layers.window,
-            layer_k=self.layers.k,
-            layer_level=self.layers.level,
-            layer_dense=self.layer_dense,
-            seq_lens=seq_lens,
-            row_k=row_wishes[0],
-            row_level=row_wishes[1],
-            row_dense=row_wishes[2],
-            min_len=self.plan.config.min_kv_len,
-            out=out,
-            dense=dense,
-        )
+    def _make_column(self, options: RequestOptions, is_prompt: bool) -> Tensor:
+        """The settings of one row."""
+        server, asked = self.plan.targets, self.plan.targets.of(options)
+        target = asked.prefill if is_prompt else asked.decode
+        column = torch.zeros(_LOG_MIN_PROB + len(self._knots))
+        column[_IS_PROMPT] = is_prompt
+        if target is None:
+            pruned = (server.prefill if is_prompt else server.decode) is not None
+            column[_EXCLUDED] = DENSE_ROW if pruned else DENSE_LAYER
+            return column
+        column[_MIN_MASS] = target.min_mass
+        if target.min_prob is not None:
+            column[_LOG_MIN_PROB] = math.log(target.min_prob)
+        elif self.plan.table is not None and target.k is not None:
+            column[_TARGET] = round(target.k * self.shape.num_heads)
+            curve = self.plan.table.curve_at_k(target.k)
+            column[_LOG_MIN_PROB] = curve[0]
+            column[_LOG_MIN_PROB + 1 :] = curve.diff() / self._knots.diff()
+        return column
 
     def refresh(
         self,
-        seq_lens: Tensor,
-        block_table: Tensor,
-        is_prefilling: Tensor | None,
+        cam: CommonAttentionMetadata,
+        num_single: int,
         options: Mapping[int, RequestOptions],
-    ) -> DecodeRows:
-        """Look up the thresholds of a step and hand out its rows.
+    ) -> StepRows | None:
+        """Look up the thresholds of a step and hand out its rows; None where another kernel attends
+        all of them.
 
         Args:
-            seq_lens: [num_rows] int32 on the device, 0 for padding.
-            block_table: [at least num_rows, max_blocks] int32 on the device.
-            is_prefilling: [at most num_rows] bool on the CPU, rows that are prompt tokens.
-            options: what requests asked for, by row, where it is not the default.
+            cam: the batch.
+            num_single: single-token requests; they come first.
+            options: what requests asked for, by batch row, where it is not the default.
 
         Raises:
             RuntimeError: there are more rows than planned for.
         """
-        num_rows = seq_lens.shape[0]
-        if num_rows > self.max_rows:
-            raise RuntimeError(f"toptheta planned for {self.max_rows} rows, got {num_rows}")
-        self._write_rows(is_prefilling, options)
-        self.look_up(seq_lens, self.row_wishes, self.theta, self.dense)
-        return DecodeRows(
-            num_rows=num_rows,
-            block_table=block_table[:num_rows],
-            seq_lens=seq_lens,
-            theta=self.theta[:, :num_rows],
-            dense=self.dense[:, :num_rows],
-            num_kept=self.num_kept[:, :num_rows],
-            v_rows_read=self.v_rows_read[:, :num_rows],
-            num_splits=self.num_splits(num_rows),
-            config=self.launch,
-            scratch=self.scratch,
-        )
+        num_reqs = num_single if self.plan.targets.prefill is None else cam.num_reqs
+        if num_single > self.max_rows:
+            raise RuntimeError(f"toptheta planned for {self.max_rows} rows, got {num_single}")
+        if num_reqs == 0:
+            return None
+        seq_lens, starts = cam.seq_lens[:num_reqs], None
+        if num_reqs == num_single:
+            tensors, row_lens = self.held, seq_lens
+            self._write_held(_prompts(cam, num_single, self.max_rows), options)
+        else:
+            is_prompt = _prompts(cam, num_single, num_reqs)
+            is_prompt[num_single:] = True
+            request, row_lens = _tokens(cam)
+            settings = self.settings(is_prompt, options).to(self.device, non_blocking=True)
+            tensors = self._allocate_rows(settings[:, request])
+            starts = cam.query_start_loc[num_single:] - int(cam.query_start_loc_cpu[num_single])
+        self._look_up(row_lens, tensors)
+        return StepRows(num_single, cam.block_table_tensor, seq_lens, starts, tensors)
 
-    def counted(self, num_rows: int) -> CountedRows:
-        """What the counters need of the step's rows."""
-        return CountedRows(
-            is_prompt=self.row_wishes[3],
-            level=self.row_wishes[1],
-            dense=self.dense,
-            num_kept=self.num_kept,
-            v_rows_read=self.v_rows_read,
-            num_rows=num_rows,
-        )
-
-    def _write_rows(
-        self, is_prefilling: Tensor | None, options: Mapping[int, RequestOptions]
-    ) -> None:
+    def _write_held(self, is_prompt: Tensor, options: Mapping[int, RequestOptions]) -> None:
         """Write what each row is to do; costs nothing where all rows are, and were, alike."""
-        prompt = is_prefilling is not None and bool(is_prefilling.any())
-        if not (prompt or options or self._rows_differ):
-            return
-        is_prompt = torch.zeros(self.max_rows, dtype=torch.bool)
-        if is_prefilling is not None:
-            is_prompt[: len(is_prefilling)] = is_prefilling
-        self.row_wishes.copy_(self.wishes(is_prompt, options), non_blocking=True)
-        self._rows_differ = prompt or bool(options)
+        differ = bool(options) or bool(is_prompt.any())
+        if differ or self._rows_differ:
+            self.held.settings.copy_(self.settings(is_prompt, options), non_blocking=True)
+        self._rows_differ = differ
+
+    def _look_up(self, row_lens: Tensor, rows: RowTensors) -> None:
+        """Write thresholds, and which rows run dense.
+
+        Args:
+            row_lens: [num_rows] int32, keys of each row; at most the rows of `rows`.
+            rows: their settings are read.
+        """
+        num_rows = len(row_lens)
+        settings = rows.settings[:, :num_rows]
+        visible = torch.minimum(row_lens, self._spans)
+        curve = settings[_LOG_MIN_PROB]
+        if len(self._starts):
+            position = visible.clamp(min=1).log2()[..., None]
+            past = position.clamp(self._starts, self._ends) - self._starts
+            rise = (past * settings[_LOG_MIN_PROB + 1 :].T).sum(-1)
+            curve = (curve + rise).clamp(max=0)[self._span_of]
+        log_min_prob = torch.where(self._follows_rows, curve, self._own_log_min_prob)
+        torch.add(
+            log_min_prob[..., None], self._offsets[:, None], out=rows.log_min_prob[:, :num_rows]
+        )
+        short = (visible <= self.plan.config.min_kv_len)[self._span_of] * float(DENSE_SHORT)
+        dense = torch.maximum(torch.maximum(short, self._layer_excluded), settings[_EXCLUDED])
+        rows.dense[:, :num_rows].copy_(dense)
+
+    def counted(self, rows: StepRows | None) -> CountedRows:
+        """What the counters need of the step's rows."""
+        tensors = self.held if rows is None else rows.tensors
+        return CountedRows(
+            is_prompt=tensors.settings[_IS_PROMPT],
+            target=tensors.settings[_TARGET],
+            dense=tensors.dense,
+            num_kept=tensors.num_kept,
+            kept_mass=tensors.kept_mass,
+            lifts=tensors.lifts,
+            v_tiles_read=tensors.v_tiles_read,
+        )
+
+
+def _prompts(cam: CommonAttentionMetadata, num_single: int, num_rows: int) -> Tensor:
+    """[num_rows] bool on the CPU, single tokens that belong to a prompt."""
+    is_prompt = torch.zeros(num_rows, dtype=torch.bool)
+    if cam.is_prefilling is not None:
+        single = cam.is_prefilling[:num_single]
+        is_prompt[: len(single)] = single
+    return is_prompt
+
+
+def _tokens(cam: CommonAttentionMetadata) -> tuple[Tensor, Tensor]:
+    """Request, and number of keys, of every query token of a batch, without waiting for the device.
+
+    Returns:
+        [num_tokens] int64 and int32.
+    """
+    num_tokens, device = cam.num_actual_tokens, cam.seq_lens.device
+    query_lens = cam.query_start_loc.diff()
+    request = torch.arange(cam.num_reqs, device=device)
+    request = request.repeat_interleave(query_lens, output_size=num_tokens)
+    # Token i of a request with q of n tokens sees n - q + i + 1 keys.
+    before = cam.seq_lens[: cam.num_reqs] - query_lens + 1 - cam.query_start_loc[:-1]
+    return request, before[request] + torch.arange(num_tokens, dtype=torch.int32, device=device)

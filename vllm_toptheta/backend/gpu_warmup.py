@@ -1,8 +1,8 @@
-"""Compiles the GPU kernels of a builder's layers before requests arrive: a builder and its layers
-in, binaries in Triton's cache out.
+"""Compiles the GPU kernels of a builder's layers, and connects the ranks that add up counts, before
+requests arrive.
 
-vLLM's own warm-up reaches most of them, but not with `--enforce-eager`, where it has none, and not
-the counters with the V1 runner, whose dummy steps are never counted.
+vLLM's own warm-up reaches most kernels, but not with `--enforce-eager`, where it has none, and not
+the counters, whose dummy steps are never counted.
 """
 
 from typing import TYPE_CHECKING
@@ -27,7 +27,7 @@ def warm_up(builder: "TopThetaGPUMetadataBuilder", layers: list[Attention]) -> N
         layers: with their weights.
     """
     # A token that is generated, and two of a prompt where our kernel computes these.
-    queries = [1] if builder.plan.config.phases == "decode" else [1, 2]
+    queries = [1] if builder.plan.targets.prefill is None else [1, 2]
     num_tokens = sum(queries)
     common = _batch(queries, builder.device)
     metadata = builder.build(0, common)
@@ -43,7 +43,7 @@ def warm_up(builder: "TopThetaGPUMetadataBuilder", layers: list[Attention]) -> N
     for layer in kinds.values():
         layer.impl.do_kv_cache_update(layer, key, key, kv_cache, common.slot_mapping)
         layer.impl.forward(layer, query, key, key, kv_cache, metadata, torch.empty_like(query))
-    builder.counts(common, metadata, []).of_this_rank()
+    builder.counts(common, metadata, []).totals()
 
 
 def _batch(queries: list[int], device: torch.device) -> CommonAttentionMetadata:

@@ -15,28 +15,47 @@ from vllm_toptheta.telemetry.shield import shielded
 
 @dataclass
 class HeadCounts:
-    """Keys of decode rows, dense ones included, of one builder.
+    """Decode rows, dense ones included, of one builder.
 
     Attributes:
         layers: index of every layer in the model.
-        first_head: first query head of this rank.
-        kept: [num_layers, num_heads] int64.
-        scored: [num_layers, 1] int64; heads of a layer score alike.
+        first_head: first query head of this rank; its kv heads follow from that.
+        kept: [num_layers, num_kv_heads] int64, keys on the lists of kv heads.
+        scored: [num_layers, 1] int64, keys that rows see; heads of a layer score alike.
+        kept_mass: [num_layers, num_heads] float64, sum over rows of the share of a query head's
+            attention that the kept keys have.
+        rows: [num_layers, 1] int64.
     """
 
     layers: list[int]
     first_head: int
     kept: NDArray[np.int64]
     scored: NDArray[np.int64]
+    kept_mass: NDArray[np.float64]
+    rows: NDArray[np.int64]
 
 
 _published: list[HeadCounts] = []
 
 
-def publish_heads(layers: list[int], first_head: int, num_heads: int) -> HeadCounts:
-    """Start counting for the layers of one builder, and make the counts reachable."""
-    kept = np.zeros((len(layers), num_heads), dtype=np.int64)
-    counts = HeadCounts(layers, first_head, kept, np.zeros((len(layers), 1), dtype=np.int64))
+def publish_heads(
+    layers: list[int], first_head: int, num_heads: int, num_kv_heads: int
+) -> HeadCounts:
+    """Start counting for the layers of one builder, and make the counts reachable.
+
+    Args:
+        layers: their indices in the model.
+        first_head, num_heads, num_kv_heads: of this rank.
+    """
+    num_layers = len(layers)
+    counts = HeadCounts(
+        layers,
+        first_head,
+        kept=np.zeros((num_layers, num_kv_heads), dtype=np.int64),
+        scored=np.zeros((num_layers, 1), dtype=np.int64),
+        kept_mass=np.zeros((num_layers, num_heads)),
+        rows=np.zeros((num_layers, 1), dtype=np.int64),
+    )
     # A builder that is made again, as after a profiling run, replaces its predecessor.
     _published[:] = [held for held in _published if not set(held.layers) & set(layers)]
     _published.append(counts)
@@ -48,13 +67,16 @@ def publish_heads(layers: list[int], first_head: int, num_heads: int) -> HeadCou
 
 
 def toptheta_heads(worker: Any = None) -> list[dict[str, Any]]:
-    """Counts of this worker, as `HeadCounts` in plain lists."""
+    """Counts of this worker, as `HeadCounts` in plain lists; `scored` in the shape of `kept`,
+    `rows` one number per layer."""
     return [
         {
             "layers": counts.layers,
             "first_head": counts.first_head,
             "kept": counts.kept.tolist(),
             "scored": np.broadcast_to(counts.scored, counts.kept.shape).tolist(),
+            "kept_mass": counts.kept_mass.tolist(),
+            "rows": counts.rows[:, 0].tolist(),
         }
         for counts in _published
     ]

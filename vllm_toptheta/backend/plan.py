@@ -1,34 +1,56 @@
-"""What this process is going to do: vLLM's configuration in, checked options and thresholds per
-layer out."""
+"""What this process is going to do: vLLM's configuration in, checked options and what rows of each
+phase and layer run with out."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_toptheta.backend.unsupported import check_engine
 from vllm_toptheta.config import TopThetaConfig
+from vllm_toptheta.kernels.layout import RENORMALISE, UNCALIBRATED_WEIGHTS
 from vllm_toptheta.model_identity import ModelIdentity
-from vllm_toptheta.request_options import RequestPolicy, TargetK
-from vllm_toptheta.threshold_store import ThresholdStore
-from vllm_toptheta.thresholds import LevelThresholds, ThresholdTable
+from vllm_toptheta.request_options import RequestPolicy, Target, Targets
+from vllm_toptheta.threshold_store import FoundTable, ThresholdStore
+from vllm_toptheta.thresholds import ThresholdTable
+
+_UNCALIBRATED_MIN_MASS = 0.5
+"""The floor where weights and thresholds were not fitted to the model."""
+
+
+class RankWeights(NamedTuple):
+    """What calibration says about some layers' heads of one tensor-parallel rank.
+
+    Attributes:
+        weights: [num_layers, num_heads, NUM_WEIGHTS] float32, of the compensation.
+        offsets: [num_layers, num_kv_heads] float32, added to the logarithm of every threshold.
+    """
+
+    weights: Tensor
+    offsets: Tensor
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Options and thresholds of one engine.
+    """Options and calibration of one engine.
 
     Attributes:
         config: the user's options.
-        table: thresholds of the served model.
-        table_path: the file the table came from.
+        identity: the served model.
+        found: its threshold table, where there is one.
+        no_table: why there is none, and what to type; one line, None where there is one or none
+            was wanted.
     """
 
     config: TopThetaConfig
-    table: ThresholdTable
-    table_path: Path
+    identity: ModelIdentity
+    found: FoundTable | None = None
+    no_table: str | None = None
 
     @classmethod
     def from_vllm_config(cls, vllm_config: Any) -> "Plan":
@@ -39,86 +61,99 @@ class Plan:
 
         Raises:
             ValueError: one message saying what is wrong, what was expected, and what to type next.
+            FileNotFoundError: the same about a table that was named and is not there.
         """
         config = TopThetaConfig.from_additional_config(vllm_config.additional_config)
         model = vllm_config.model_config
         identity = ModelIdentity.from_config(model.hf_text_config, name=model.model)
-        table, path = ThresholdStore().find(config.thresholds, identity)
-        plan = cls(config, table, path)
-        plan._check(vllm_config)
+        plan = cls(config, identity, *_find_table(config.thresholds, identity))
+        check_engine(vllm_config)
+        plan.check()
         return plan
 
-    def _check(self, vllm_config: Any) -> None:
-        check_engine(vllm_config)
-        num_layers = self.table.num_layers
+    @property
+    def table(self) -> ThresholdTable | None:
+        """The model's calibration."""
+        return None if self.found is None else self.found.table
+
+    @property
+    def table_path(self) -> Path | None:
+        """The file it came from."""
+        return None if self.found is None else self.found.path
+
+    def check(self) -> None:
+        """Raise ValueError for the first option that does not fit the model or its table."""
+        num_layers = self.identity.num_layers
         for index in self.config.layers:
             if not 0 <= index < num_layers:
                 raise ValueError(
                     f"toptheta: option 'layers' names layer {index}, the model has layers 0 to "
                     f"{num_layers - 1}"
                 )
-        for k in {self.layer_k(index) for index in range(num_layers)} | {
-            self.config.k,
-            self.config.prefill_k,
-        }:
-            self.table.at_k(k)
-        policy = self.policy()
-        if policy.min_k > policy.max_k:
+        if self.config.k is not None and self.table is None:
             raise ValueError(
-                f"toptheta: option 'min_k' = {policy.min_k:g} is above 'max_k' = {policy.max_k:g}; "
-                f"the table has k from {float(self.table.levels[0]):g} to "
-                f"{float(self.table.levels[-1]):g}"
+                f"toptheta: option 'k' = {self.config.k:g} needs a threshold table, and there is "
+                f"none. Make one with: toptheta calibrate {self.identity.name or 'MODEL'}; or use "
+                "min_prob instead of k"
             )
-        block_size = vllm_config.cache_config.block_size
-        if block_size and block_size % self.config.group_size:
-            raise ValueError(
-                f"toptheta: group_size {self.config.group_size} does not divide the block size "
-                f"{block_size}; "
-                f"pass --block-size 128 or a smaller group_size"
-            )
+        if self.config.k is not None and self.table is not None:
+            self.table.curve_at_k(self.config.k)
+        self.policy()
 
     def policy(self) -> RequestPolicy:
-        """What requests may ask for: the operator's bounds, within the table."""
-        lowest, highest = float(self.table.levels[0]), float(self.table.levels[-1])
-        return RequestPolicy(
-            server=self.target_k,
-            min_k=max(self.config.min_k or lowest, lowest),
-            max_k=min(self.config.max_k or highest, highest),
-            allow_off=self.config.allow_off,
+        """What requests may ask for: the operator's bounds, within the table.
+
+        Raises:
+            ValueError: they leave nothing.
+        """
+        config = self.config
+        ranges = {"min_prob": config.min_prob_range, "min_mass": config.min_mass_range}
+        if self.table is not None:
+            lowest, highest = self.table.min_k, self.table.max_k
+            ranges["k"] = (
+                max(config.min_k or lowest, lowest),
+                min(config.max_k or highest, highest),
+            )
+            if ranges["k"][0] > ranges["k"][1]:
+                raise ValueError(
+                    f"toptheta: option 'min_k' = {ranges['k'][0]:g} is above 'max_k' = "
+                    f"{ranges['k'][1]:g}; the table has k from {lowest:g} to {highest:g}"
+                )
+        return RequestPolicy(self.targets, ranges, config.allow_off)
+
+    @cached_property
+    def targets(self) -> Targets:
+        """What rows run with where their request does not say."""
+        config = self.config
+        floor = config.min_mass
+        if floor is None:
+            floor = _UNCALIBRATED_MIN_MASS if self.table is None else 0.0
+        decode = Target(config.min_prob if config.k is None else None, floor, config.k)
+        prefill = replace(decode, min_mass=0.0)
+        if config.prefill_min_prob is not None:
+            prefill = Target(config.prefill_min_prob)
+        return Targets(
+            decode=None if config.phases == "prefill" else decode,
+            prefill=None if config.phases == "decode" else prefill,
         )
 
     @property
-    def target_k(self) -> TargetK:
-        """What rows keep where their request does not say."""
-        phases = self.config.phases
-        return TargetK(
-            decode=None if phases == "prefill" else self.config.k,
-            prefill=None if phases == "decode" else self.config.prefill_k,
-        )
-
-    def layer_k(self, index: int, k: float | None = None) -> float:
-        """The mean keys a row keeps that one layer's thresholds aim at.
-
-        Args:
-            index: the layer.
-            k: asked for by a request; the operator's override of a layer stands all the same.
-        """
-        override = self.config.layers.get(index)
-        if override is not None and override.k is not None:
-            return override.k
-        return self.config.k if k is None else k
+    def needs_means(self) -> bool:
+        """Whether any row of this engine reads the V means of token groups; pruned prompts always
+        do."""
+        return self.config.compensation or self.targets.prefill is not None
 
     def layer_index(self, name: str) -> int:
-        """The index of one of vLLM's layers in the table.
+        """The index in the model of one of vLLM's layers.
 
         Raises:
-            ValueError: the table has no such layer, as for a draft model's.
+            ValueError: the model has no such layer, as for a draft model's.
         """
         index = extract_layer_index(name)
-        if index >= self.table.num_layers:
+        if index >= self.identity.num_layers:
             raise ValueError(
-                f"toptheta: layer {name} is not in the threshold table, which has "
-                f"{self.table.num_layers} layers; serve draft models without toptheta"
+                f"toptheta: layer {name} is not one of the model's {self.identity.num_layers} "
+                "layers; serve draft models without toptheta"
             )
         return index
 
@@ -127,38 +162,72 @@ class Plan:
         override = self.config.layers.get(index)
         return override is not None and override.dense
 
-    def thresholds(
-        self, layers: list[int], first_head: int, num_heads: int, k: float | None = None
-    ) -> LevelThresholds:
-        """Thresholds of some layers and of the heads of this tensor-parallel rank.
+    def layer_log_min_prob(self, index: int) -> float | None:
+        """The logarithm that an option sets for rows of one layer, whatever requests ask for."""
+        override = self.config.layers.get(index)
+        if override is None or override.min_prob is None:
+            return None
+        return math.log(override.min_prob)
+
+    def of_rank(self, layers: list[int], first_head: int, num_heads: int) -> RankWeights:
+        """What some layers' heads of a tensor-parallel rank run with.
 
         Args:
             layers: layer indices, in the order of the result.
             first_head: first query head of this rank.
             num_heads: query heads of this rank.
-            k: mean keys a row keeps; None takes the configured one.
+
+        Raises:
+            ValueError: the model has no such heads.
         """
-        table = self.table.slice_heads(first_head, first_head + num_heads)
-        layer_k = [self.layer_k(index, k) for index in layers]
-        levels = {value: table.at_k(value) for value in set(layer_k)}
-        chosen = [(levels[value], index) for value, index in zip(layer_k, layers, strict=True)]
-        return LevelThresholds(
-            k=self.config.k if k is None else k,
-            lengths=table.lengths,
-            theta=torch.stack([level.theta[index] for level, index in chosen]),
-            slope=torch.stack([level.slope[index] for level, index in chosen]),
-            head_k=torch.stack([level.head_k[index] for level, index in chosen]),
-        )
+        if self.table is None:
+            group = self.identity.num_heads // self.identity.num_kv_heads
+            num_kv_heads = -(-num_heads // group)
+            weights = torch.tensor(UNCALIBRATED_WEIGHTS).repeat(len(layers), num_heads, 1)
+            offsets = torch.zeros(len(layers), num_kv_heads)
+        else:
+            table = self.table.slice_heads(first_head, first_head + num_heads)
+            weights, offsets = table.weights[layers], table.offsets[layers]
+        if not self.config.compensation:
+            weights = torch.tensor(RENORMALISE).repeat(*weights.shape[:2], 1)
+        return RankWeights(weights.contiguous(), offsets.contiguous())
 
     def describe(self) -> str:
         """One line for the log."""
-        config, metadata = self.config, self.table.metadata
-        dense = [index for index in sorted(config.layers) if self.layer_is_dense(index)]
-        by_phase = {"k": self.target_k.decode, "prompts k": self.target_k.prefill}
-        pruned = ", ".join(f"{name} {k:g}" for name, k in by_phase.items() if k is not None)
-        return (
-            f"Top-theta attention: {pruned}, rows above {config.min_kv_len} keys are pruned, "
-            f"compensation {f'per {config.group_size} tokens' if config.compensation else 'off'}, "
-            f"{f'dense layers {dense}, ' if dense else ''}thresholds {self.table_path} "
-            f"({metadata.identity.name}, {metadata.allocation} allocation, {metadata.created})"
-        )
+        config, targets = self.config, self.targets
+        parts = []
+        if targets.decode is not None:
+            parts.append(_shown(targets.decode))
+            if targets.decode.min_mass:
+                parts.append(f"min_mass {targets.decode.min_mass:g}")
+        if targets.prefill is not None:
+            parts.append(f"prompts {_shown(targets.prefill)}")
+        parts.append(f"rows above {config.min_kv_len} keys are pruned")
+        if not config.compensation:
+            parts.append("compensation off")
+        if dense := [index for index in sorted(config.layers) if self.layer_is_dense(index)]:
+            parts.append(f"dense layers {dense}")
+        if self.found is None:
+            parts.append("no threshold table")
+        else:
+            metadata = self.found.table.metadata
+            parts.append(
+                f"thresholds {self.found.path} ({metadata.identity.name}, {metadata.created})"
+            )
+        return f"Top-theta attention: {', '.join(parts)}"
+
+
+def _shown(target: Target) -> str:
+    return f"min_prob {target.min_prob:g}" if target.k is None else f"k {target.k:g}"
+
+
+def _find_table(spec: str, identity: ModelIdentity) -> tuple[FoundTable | None, str | None]:
+    """The table that the option `thresholds` means, or why there is none."""
+    if spec == "none":
+        return None, None
+    try:
+        return ThresholdStore().find(spec, identity), None
+    except (FileNotFoundError, ValueError) as error:
+        if spec != "auto":
+            raise
+        return None, str(error)

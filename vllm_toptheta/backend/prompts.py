@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_toptheta.backend.dial import Dial, RowPlan
-from vllm_toptheta.kernels.api import V_TILE
+from vllm_toptheta.backend.dial import Dial
+from vllm_toptheta.kernels.layout import V_TILE
 from vllm_toptheta.request_options import RequestOptions
+from vllm_toptheta.telemetry.counters import MASS_UNIT
 
 
 @dataclass
@@ -22,20 +23,22 @@ class PromptRows:
         block_table: [num_prompts, max_blocks] int32.
         query_start_loc: [num_prompts + 1] int32, first token of each prompt, from 0.
         seq_lens: [num_prompts] int32.
-        theta: [num_layers, num_tokens, num_heads] float32, units of q.k * sm_scale.
+        log_min_prob: [num_layers, num_tokens, num_kv_heads] float32, natural logarithm.
         dense: [num_layers, num_tokens], rows that run without pruning; bool on a CPU, int8 on a
             GPU.
-        num_kept: [num_layers, num_tokens, num_heads] int32, written by the kernel.
+        num_kept: [num_layers, num_tokens, num_kv_heads] int32, written by the kernel.
         v_tiles_read: [num_layers, num_tokens, num_kv_heads] int32, written by the kernel.
+        kept_mass: [num_layers, num_tokens, num_heads] float32, written by the kernel.
     """
 
     block_table: torch.Tensor
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
-    theta: torch.Tensor
+    log_min_prob: torch.Tensor
     dense: torch.Tensor
     num_kept: torch.Tensor
     v_tiles_read: torch.Tensor
+    kept_mass: torch.Tensor
 
 
 @dataclass
@@ -59,23 +62,27 @@ class PromptStep(PromptRows):
         """Note what another kernel keeps, which does not prune and does not count."""
         self.num_kept.copy_(self.visible[..., None])
         self.v_tiles_read.copy_(self._visible_tiles()[..., None])
+        self.kept_mass.fill_(1)
 
     def counts(self) -> dict[str, np.ndarray[Any, Any]]:
         """Telemetry columns of every prompt, each [num_layers, num_prompts] int64."""
-        num_heads, num_kv_heads = self.num_kept.shape[2], self.v_tiles_read.shape[2]
+        num_heads, num_kv_heads = self.kept_mass.shape[2], self.num_kept.shape[2]
+        group = num_heads // num_kv_heads
         visible, tiles = self.visible.numpy(), self._visible_tiles().numpy()
         starts = self.query_start_loc.numpy()[:-1]
 
-        def by_prompt(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-            return np.add.reduceat(values, starts, axis=1, dtype=np.int64)
+        def by_prompt(values: np.ndarray[Any, Any], dtype: Any = np.int64) -> np.ndarray[Any, Any]:
+            return np.add.reduceat(values, starts, axis=1, dtype=dtype)
 
+        kept_mass = by_prompt(self.kept_mass.numpy().sum(2, dtype=np.float64), np.float64)
         return {
             "dense_prefill": by_prompt(self.dense.numpy() * num_heads),
             "prefill_rows": by_prompt(np.full_like(visible, num_heads)),
             "prefill_keys_scored": by_prompt(visible * num_heads),
-            "prefill_keys_kept": by_prompt(self.num_kept.numpy().sum(2, dtype=np.int64)),
+            "prefill_keys_kept": by_prompt(self.num_kept.numpy().sum(2, dtype=np.int64) * group),
             "prefill_v_tiles": by_prompt(tiles * num_kv_heads),
             "prefill_v_tiles_read": by_prompt(self.v_tiles_read.numpy().sum(2, dtype=np.int64)),
+            "prefill_kept_mass": np.rint(kept_mass * MASS_UNIT).astype(np.int64),
         }
 
 
@@ -98,49 +105,48 @@ def dense_prompts(cam: Any, num_layers: int, num_heads: int, num_kv_heads: int) 
         block_table=cam.block_table_tensor,
         query_start_loc=cam.query_start_loc_cpu.to(torch.int32),
         seq_lens=cam.seq_lens,
-        theta=by_layer(torch.full((num_heads,), -torch.inf).expand(tokens, num_heads)),
+        log_min_prob=by_layer(torch.zeros(tokens, num_kv_heads)),
         dense=by_layer(torch.ones(tokens, dtype=torch.bool)),
-        num_kept=by_layer(torch.empty((tokens, num_heads), dtype=torch.int32)),
+        num_kept=by_layer(torch.empty((tokens, num_kv_heads), dtype=torch.int32)),
         v_tiles_read=by_layer(torch.empty((tokens, num_kv_heads), dtype=torch.int32)),
+        kept_mass=by_layer(torch.empty(tokens, num_heads)),
     )
 
 
 def plan_prompts(
     dial: Dial,
-    k: float | None,
     block_table: torch.Tensor,
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
     options: Mapping[int, RequestOptions],
     num_heads: int,
-    num_kv_heads: int,
 ) -> PromptStep:
     """Look up what every prompt token is to do.
 
     Args:
         dial: thresholds of the builder's layers.
-        k: mean keys a prompt row keeps where its request does not say; None for the configured k.
         block_table: [num_prompts, max_blocks] int32.
         query_start_loc: [num_prompts + 1] int32 on the CPU, from 0.
         seq_lens: [num_prompts] int32.
         options: by prompt, where they are not the default ones.
-        num_heads, num_kv_heads: of this rank.
+        num_heads: query heads of this rank.
     """
     query_lens = query_start_loc.diff().to(torch.int64)
     # Row i of q sees n - q + i + 1 keys.
     first = seq_lens - query_lens + 1 - query_start_loc[:-1]
     tokens = int(query_start_loc[-1])
     row_lens = torch.arange(tokens) + first.repeat_interleave(query_lens)
-    rows: RowPlan = dial.plan(row_lens, options, k, query_lens)
-    num_layers = len(rows.visible)
+    rows = dial.plan(row_lens, options, "prefill", query_lens)
+    per_kv_head = rows.log_min_prob.shape
     return PromptStep(
         block_table=block_table,
         query_start_loc=query_start_loc.to(torch.int32),
         seq_lens=seq_lens,
-        theta=rows.theta,
-        dense=torch.stack(list(rows.reasons.values())).any(0),
+        log_min_prob=rows.log_min_prob,
+        dense=rows.dense,
+        num_kept=torch.empty(per_kv_head, dtype=torch.int32),
+        v_tiles_read=torch.empty(per_kv_head, dtype=torch.int32),
+        kept_mass=torch.empty((*per_kv_head[:2], num_heads)),
         visible=rows.visible,
         row_lens=row_lens,
-        num_kept=torch.empty((num_layers, tokens, num_heads), dtype=torch.int32),
-        v_tiles_read=torch.empty((num_layers, tokens, num_kv_heads), dtype=torch.int32),
     )

@@ -127,6 +127,8 @@ def _check_options(original: Any) -> Any:
 
             plan = Plan.from_vllm_config(vllm_config)
             logger.info("%s", plan.describe())
+            if plan.no_table is not None:
+                logger.info("toptheta serves with defaults: %s", plan.no_table)
             install_on_scheduler()
             install(self, vllm_config, plan)
             _ask_for_huge_pages()

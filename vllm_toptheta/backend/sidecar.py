@@ -15,15 +15,17 @@ import torch
 from torch import Tensor
 from vllm.utils.torch_utils import get_dtype_size
 
-from vllm_toptheta.kernels.api import PageLayout
+from vllm_toptheta.kernels.layout import PageLayout, group_size_of
+
+_USUAL_BLOCK_SIZE = 128
+"""What vLLM takes on a CPU unless told otherwise."""
 
 
-def enlarge_page(spec: Any, group_size: int) -> Any:
+def enlarge_page(spec: Any) -> Any:
     """Make room for the side data in a layer's cache spec; does nothing the second time.
 
     Args:
         spec: vLLM's `AttentionSpec` of one layer, with K and V of the same width.
-        group_size: tokens per compensation group.
     """
     if spec.state_content_bytes is not None:
         return spec
@@ -32,9 +34,28 @@ def enlarge_page(spec: Any, group_size: int) -> Any:
             f"toptheta needs K and V of one width, this model has {spec.head_size} and "
             f"{spec.head_size_v}; serve it with another --attention-backend"
         )
-    # The size per token does not depend on the block, whose size vLLM may still change.
-    layout = PageLayout(group_size, spec.head_size, group_size)
+    # vLLM asks for the bytes of a token before it knows the block size.
+    block_size = _USUAL_BLOCK_SIZE if spec.block_size == 1 else spec.block_size
+    layout = PageLayout(block_size, spec.head_size)
     return replace(spec, state_content_bytes=layout.content_elements * get_dtype_size(spec.dtype))
+
+
+def check_page(spec: Any, layout: PageLayout) -> None:
+    """Raise ValueError unless a CPU page still has the room that `enlarge_page` made.
+
+    vLLM may change the block of a layer to bring layers of different kinds together, and the room
+    that a token takes depends on the block.
+
+    Args:
+        spec: vLLM's `AttentionSpec` as the cache is allocated.
+        layout: of its pages.
+    """
+    needed = layout.content_elements * get_dtype_size(spec.dtype)
+    if spec.state_content_size_bytes != needed:
+        raise ValueError(
+            f"toptheta: tokens in pages of {spec.block_size} take {needed} bytes, vLLM planned "
+            f"{spec.state_content_size_bytes}; pass --block-size {_USUAL_BLOCK_SIZE}"
+        )
 
 
 MEAN_BYTES = 2
@@ -43,7 +64,7 @@ MEAN_BYTES = 2
 _ALIGNMENT = 128
 
 
-def pad_page(spec: Any, group_size: int) -> Any:
+def pad_page(spec: Any) -> Any:
     """Make room for V means behind K and V of a layer's page; does nothing the second time.
 
     vLLM brings the pages of all layers of a model to one size. Where the largest page is a multiple
@@ -53,7 +74,6 @@ def pad_page(spec: Any, group_size: int) -> Any:
 
     Args:
         spec: vLLM's `AttentionSpec` of one layer, with K and V of the same width.
-        group_size: tokens per compensation group.
 
     Raises:
         ValueError: the page cannot hold the means.
@@ -66,26 +86,21 @@ def pad_page(spec: Any, group_size: int) -> Any:
             "this --kv-cache-dtype, with "
             "another --attention-backend"
         )
-    if spec.block_size % group_size:
-        raise ValueError(
-            f"toptheta: group_size {group_size} does not divide a layer's block of "
-            f"{spec.block_size} tokens; choose a "
-            "smaller group_size or a larger --block-size"
-        )
-    used = _used_bytes(spec, group_size)
+    used = _used_bytes(spec)
     size = -(-used // _ALIGNMENT) * _ALIGNMENT + _ALIGNMENT
     if spec.page_size_padded is not None and spec.page_size_padded >= size:
         return spec
     return replace(spec, page_size_padded=size)
 
 
-def _used_bytes(spec: Any, group_size: int) -> int:
+def _used_bytes(spec: Any) -> int:
     """Bytes of a page that K, V and their means take."""
-    means = spec.num_kv_heads * (spec.block_size // group_size) * spec.head_size * MEAN_BYTES
+    groups = spec.block_size // group_size_of(spec.block_size)
+    means = spec.num_kv_heads * groups * spec.head_size * MEAN_BYTES
     return int(spec.unpadded_page_size_bytes) + means
 
 
-def check_room(spec: Any, group_size: int) -> None:
+def check_room(spec: Any) -> None:
     """Raise ValueError unless pages still have the room that `pad_page` made.
 
     vLLM changes the block of a layer to bring layers of different kinds together, and where pages
@@ -93,23 +108,21 @@ def check_room(spec: Any, group_size: int) -> None:
 
     Args:
         spec: vLLM's `AttentionSpec` as the cache is allocated.
-        group_size: tokens per compensation group.
     """
-    used = _used_bytes(spec, group_size)
+    used = _used_bytes(spec)
     if spec.page_size_bytes < used:
         raise ValueError(
             f"toptheta: pages of {spec.block_size} tokens have {spec.page_size_bytes} bytes, with "
-            f"V means per {group_size} tokens they need {used}. Keep toptheta for one kind of "
+            f"V means they need {used}. Keep toptheta for one kind of "
             """layer: --attention-config '{"backend_per_kind": {"full_attention": "toptheta"}}'"""
         )
 
 
-def v_means_view(kv_cache: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
+def v_means_view(kv_cache: Tensor, dtype: torch.dtype) -> Tensor:
     """The V means behind K and V of every page.
 
     Args:
         kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_dim] of a spec from `pad_page`.
-        group_size: tokens per compensation group.
         dtype: of the means, two bytes wide.
 
     Returns:
@@ -123,15 +136,14 @@ def v_means_view(kv_cache: Tensor, group_size: int, dtype: torch.dtype) -> Tenso
     real = num_kv_heads * block_size * width * item
     heads, slots = kv_cache.stride(1), kv_cache.stride(2)
     extent = ((num_kv_heads - 1) * heads + (block_size - 1) * slots + width) * item
-    groups, head_dim = block_size // group_size, width // 2
+    groups, head_dim = block_size // group_size_of(block_size), width // 2
     page = kv_cache.stride(0) * item
     start = kv_cache.storage_offset() * item + real
     if extent != real or page < real + num_kv_heads * groups * head_dim * dtype.itemsize:
         raise RuntimeError(
             f"toptheta: the KV cache {list(kv_cache.shape)} with strides "
-            f"{kv_cache.stride()} has no room for V means "
-            f"per {group_size} tokens. Unset VLLM_KV_CACHE_LAYOUT, or keep toptheta for one "
-            "kind of layer: "
+            f"{kv_cache.stride()} has no room for V means. Unset VLLM_KV_CACHE_LAYOUT, or "
+            "keep toptheta for one kind of layer: "
             """--attention-config '{"backend_per_kind": {"full_attention": "toptheta"}}'"""
         )
     if page % dtype.itemsize or start % dtype.itemsize:

@@ -1,5 +1,4 @@
-"""What an engine cannot do together with this backend: vLLM's configuration in, perhaps one error
-out that says what to type instead.
+"""What an engine cannot do together with this backend, and what to type instead.
 
 vLLM would start with most of these, and answers or counts would be wrong.
 """
@@ -72,25 +71,25 @@ def _moves_blocks(config: Any) -> bool:
     return transfer is not None and transfer.is_kv_transfer_instance
 
 
-_THRESHOLDS_OF_A_DRAFT = "its layers would run on the served model's thresholds"
+_OPTIONS_OF_A_DRAFT = "its layers would run with the served model's options and weights"
 
 _REFUSALS = (
     _Refusal(
         _drafts_always_as_target,
         "this kind of draft model",
-        _THRESHOLDS_OF_A_DRAFT,
+        _OPTIONS_OF_A_DRAFT,
         f"Draft without a model instead ({_NGRAM}), or serve without --speculative-config",
     ),
     _Refusal(
         _drafts_as_target,
         "a draft model on its own backend",
-        _THRESHOLDS_OF_A_DRAFT,
+        _OPTIONS_OF_A_DRAFT,
         'Add "attention_backend": "TRITON_ATTN" (on a CPU "CPU_ATTN") to --speculative-config',
     ),
     _Refusal(
         lambda config: config.model_config.attention_chunk_size is not None,
         "chunked local attention",
-        "thresholds are calibrated on whole rows and windows",
+        "the kernels know whole rows and sliding windows only",
         "Serve this model with another --attention-backend",
     ),
     _Refusal(

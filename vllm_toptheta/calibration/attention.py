@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
-from vllm_toptheta.kernels.reference import attention_scores, attention_weights, weighted_values
+from vllm_toptheta.kernels.layout import LONG_GROUP
+from vllm_toptheta.kernels.reference import attention_scores, softmax, weighted_values
 
 _NAME = "toptheta"
 _CHUNK_ELEMENTS = 1 << 19
@@ -24,13 +25,14 @@ fast.
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One layer's attention over one whole document, causal.
+    """One layer's attention over one document, causal. The rows are its last tokens: all of them,
+    or those that follow what a cache holds.
 
     Attributes:
         layer: index of the layer.
         query: [num_rows, num_heads, head_dim].
-        key: [num_rows, num_kv_heads, head_dim].
-        value: [num_rows, num_kv_heads, head_dim].
+        key: [num_keys, num_kv_heads, head_dim].
+        value: [num_keys, num_kv_heads, head_dim].
         sm_scale: factor on q.k.
         window: keys a row sees at most; None for all.
         soft_cap: scores become soft_cap * tanh(score / soft_cap); None for none.
@@ -54,6 +56,11 @@ class AttentionCall:
     def num_heads(self) -> int:
         return self.query.shape[1]
 
+    @property
+    def first_row(self) -> int:
+        """Position of the first row."""
+        return self.key.shape[0] - self.query.shape[0]
+
     def scores(self, rows: Tensor, first_key: int = 0) -> Tensor:
         """Scores of some rows against keys first_key to the last one that any of them sees.
 
@@ -66,7 +73,7 @@ class AttentionCall:
         """
         end = int(rows[-1]) + 1
         return attention_scores(
-            self.query[rows],
+            self.query[rows - self.first_row],
             self.key[first_key:end],
             rows + 1 - first_key,
             sm_scale=self.sm_scale,
@@ -118,10 +125,10 @@ def _adapter(attention: Attention) -> Callable[..., tuple[Tensor, None]]:
                 f"causal {causal}, mask {attention_mask is not None}, bias "
                 f"{position_bias is not None}); Top-theta cannot be calibrated for it"
             )
-        if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
+        if query.shape[0] != 1 or query.shape[2] > key.shape[2]:
             raise ValueError(
                 f"attention over a batch of {query.shape[0]} with {query.shape[2]} rows and "
-                f"{key.shape[2]} keys; expected one document without a cache"
+                f"{key.shape[2]} keys; expected one document"
             )
         call = AttentionCall(
             layer=int(layer),
@@ -141,58 +148,46 @@ def _adapter(attention: Attention) -> Callable[..., tuple[Tensor, None]]:
 def dense_attention(call: AttentionCall) -> Tensor:
     """The layer's own attention, by PyTorch's fused kernel where that can express it."""
     if call.window is None and call.soft_cap is None and call.sinks is None:
+        mask = None
+        if call.first_row:
+            keys = torch.arange(call.key.shape[0], device=call.key.device)
+            mask = keys <= keys[call.first_row :, None]
         return torch.nn.functional.scaled_dot_product_attention(
             call.query.transpose(0, 1)[None],
             call.key.transpose(0, 1)[None],
             call.value.transpose(0, 1)[None],
-            is_causal=True,
+            attn_mask=mask,
+            is_causal=mask is None,
             scale=call.sm_scale,
             enable_gqa=True,
         )[0].transpose(0, 1)
-    return pruned_attention(call, lambda scores, rows: scores > -torch.inf, group_size=None)
+    output = torch.empty_like(call.query)
+    positions = torch.arange(call.first_row, call.key.shape[0], device=output.device)
+    for rows, first_key in row_chunks(call, positions):
+        probs = softmax(call.scores(rows, first_key), call.sinks)
+        value = call.value[first_key : int(rows[-1]) + 1]
+        output[rows - call.first_row] = weighted_values(probs, value)
+    return output
 
 
-Select = Callable[[Tensor, Tensor], Tensor]
-"""Scores [num_heads, n, num_keys] and their rows' positions [n] to the kept mask of the scores'
-shape.
-"""
-
-
-def pruned_attention(
-    call: AttentionCall,
-    select: Select,
-    *,
-    group_size: int | None,
-    renormalize: bool = False,
-    observe: Callable[[Tensor, Tensor], None] | None = None,
-) -> Tensor:
-    """The layer's attention by the reference, a cache-sized chunk of rows at a time.
+def row_chunks(call: AttentionCall, rows: Tensor) -> Iterator[tuple[Tensor, int]]:
+    """Cut rows into runs whose scores stay in the cache.
 
     Args:
         call: the layer's inputs.
-        select: decides which keys a row keeps.
-        group_size: tokens per compensation group; None drops the lost mass.
-        renormalize: take the softmax over the kept keys alone, so that no mass is lost.
-        observe: sees every chunk's kept mask [num_heads, n, num_keys] and rows [n].
+        rows: [n] integer positions, ascending.
 
-    Returns:
-        [num_rows, num_heads, head_dim].
+    Yields:
+        Some of the rows, and the first key to score for them: the first of a long compensation
+        group.
     """
-    align = group_size or 1
-    output = torch.empty_like(call.query)
     start = 0
-    while start < call.num_rows:
-        first_key = 0 if call.window is None else max(0, start + 1 - call.window) // align * align
-        step = max(8, _CHUNK_ELEMENTS // (call.num_heads * (start + 8 - first_key)))
-        stop = min(call.num_rows, start + min(step, 256))
-        rows = torch.arange(start, stop, device=call.query.device)
-        scores = call.scores(rows, first_key)
-        kept = select(scores, rows)
-        if observe is not None:
-            observe(kept, rows)
-        if renormalize:
-            scores = scores.masked_fill_(~kept, -torch.inf)
-        weights = attention_weights(scores, kept, group_size=group_size, sinks=call.sinks)
-        output[start:stop] = weighted_values(weights, call.value[first_key:stop])
+    while start < len(rows):
+        first_key = 0
+        if call.window is not None:
+            first_key = max(0, int(rows[start]) + 1 - call.window) // LONG_GROUP * LONG_GROUP
+        reach = min(len(rows), start + 256)
+        longest = int(rows[reach - 1]) + 1 - first_key
+        stop = min(reach, start + max(8, _CHUNK_ELEMENTS // (call.num_heads * longest)))
+        yield rows[start:stop], first_key
         start = stop
-    return output

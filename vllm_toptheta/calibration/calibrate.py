@@ -1,43 +1,46 @@
 """A model's name in, its threshold table out: corpus, collect and fit in one call."""
 
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import vllm_toptheta
-from vllm_toptheta.calibration.collect import Collector, ScoreStatistics
+from vllm_toptheta.calibration.collect import AttentionStatistics, Collector
 from vllm_toptheta.calibration.corpus import Corpus
 from vllm_toptheta.calibration.fit import fit
+from vllm_toptheta.config import TopThetaConfig
 from vllm_toptheta.model_identity import ModelIdentity
 from vllm_toptheta.thresholds import SCHEMA_VERSION, TableMetadata, ThresholdTable
-
-_CLIPPED_LIMIT = 1e-4
 
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """What a calibration may vary; the defaults are the measured best.
+    """What a calibration may vary.
 
     Attributes:
         num_tokens: tokens to calibrate on, rounded up to whole documents.
-        length: tokens per document; thresholds for longer rows are extrapolated.
-        allocation: how a level's k is divided among heads.
-        tac_k: top-k at calibration: what the layers output while calibrating; 0 leaves them dense.
-        group_size: tokens per compensation group, used where tac_k is.
+        length: tokens per document; what is known of longer rows is extrapolated.
+        min_prob: attention probability below which keys are dropped where the weights of the
+            compensation are fitted.
     """
 
-    num_tokens: int = 65536
+    num_tokens: int = 16384
     length: int = 4096
-    allocation: Literal["lost_mass", "uniform"] = "lost_mass"
-    tac_k: int = 0
-    group_size: int = 16
+    min_prob: float = TopThetaConfig.model_fields["min_prob"].default
+
+    def __post_init__(self) -> None:
+        if self.num_tokens < 1:
+            raise ValueError(f"tokens must be positive, got {self.num_tokens}")
+        if not 0 < self.min_prob < 1:
+            raise ValueError(f"min_prob must lie between 0 and 1, got {self.min_prob:g}")
 
 
 def load_model(
@@ -52,11 +55,18 @@ def load_model(
 
     Raises:
         OSError: there is no such model.
+        ValueError: there is no such dtype or device; no weights were read.
     """
+    kind = None if dtype == "auto" else getattr(torch, dtype, None)
+    if dtype != "auto" and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+        raise ValueError(f"dtype is {dtype!r}, expected float32, bfloat16, float16 or auto")
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device {device!r} cannot be used: {reason}") from error
     tokenizer = AutoTokenizer.from_pretrained(model_name)
-    model = AutoModelForCausalLM.from_pretrained(
-        model_name, dtype=dtype if dtype == "auto" else getattr(torch, dtype)
-    )
+    model = AutoModelForCausalLM.from_pretrained(model_name, dtype=kind or "auto")
     return model.to(device).eval(), tokenizer
 
 
@@ -95,6 +105,15 @@ def calibrate_with_progress(
         ValueError: the model cannot be calibrated, or the text is too short.
     """
     corpus = read_corpus(texts)
+    config = AutoConfig.from_pretrained(model_name)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and positions < options.length:
+        print(
+            f"documents of {positions} tokens instead of {options.length}: the model's positions",
+            file=sys.stderr,
+        )
+        options = replace(options, length=positions)
+    AttentionStatistics.check_length(options.length)
     model, tokenizer = load_model(model_name, dtype=dtype, device=device)
     with tqdm(total=options.num_tokens, unit="token", desc="calibrating") as progress:
         return calibrate(
@@ -132,24 +151,17 @@ def calibrate(
     identity = ModelIdentity.from_config(model.config, name)
     if "chunked_attention" in str(identity.fields.get("layer_types", "")):
         raise ValueError(f"{name}: layers with chunked attention are not supported")
-    statistics = ScoreStatistics.empty(identity.num_layers, identity.num_heads, options.length)
-    collector = Collector(model, statistics, options.tac_k, options.group_size)
-    collector.run(
+    statistics = AttentionStatistics.empty(
+        identity.num_layers, identity.num_heads, identity.num_kv_heads, options.length
+    )
+    Collector(model, statistics, options.min_prob).run(
         corpus.documents(tokenizer, length=options.length, num_tokens=options.num_tokens), report
     )
-    if statistics.clipped_fraction > _CLIPPED_LIMIT:
-        raise ValueError(
-            f"{statistics.clipped_fraction:.2%} of the scores lie above the range that the first "
-            "document showed; thresholds would be wrong: put a more typical document first"
-        )
-    fitted = fit(statistics, options.allocation)
     metadata = TableMetadata(
         schema_version=SCHEMA_VERSION,
         identity=identity,
         windows=statistics.windows,
-        allocation=options.allocation,
-        group_size=options.group_size,
-        tac_k=options.tac_k,
+        min_prob=options.min_prob,
         corpus=corpus.description,
         num_tokens=statistics.num_tokens,
         length=options.length,
@@ -161,15 +173,14 @@ def calibrate(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         command=_command(name, corpus, options),
     )
-    return ThresholdTable(metadata, **vars(fitted))
+    return ThresholdTable(metadata, **vars(fit(statistics)))
 
 
 def _command(name: str, corpus: Corpus, options: CalibrationOptions) -> str:
     text = f" --text {' '.join(corpus.files)}" if corpus.files else ""
     return (
         f"toptheta calibrate {name}{text} --tokens {options.num_tokens} --length {options.length} "
-        f"--allocation {options.allocation} --tac-k {options.tac_k} "
-        f"--group-size {options.group_size}"
+        f"--min-prob {options.min_prob:g}"
     )
 
 

@@ -1,9 +1,8 @@
-"""A model and documents in, score statistics out: one pass, memory constant in the number of
-tokens.
+"""A model and documents in, attention statistics out: memory constant in the number of tokens.
 
-For every layer, head and bucket of row lengths a histogram over the score holds how many keys a row
-has there and how much probability mass they carry. That answers every k: theta(k) is where the keys
-above it number k on average.
+Two things are gathered from sampled rows. Histograms of log p say how many keys a row keeps at
+every threshold; probabilities need no range, so that no text and no model can leave it. Normal
+equations say how the mass that a row loses at `min_prob` is best given back.
 """
 
 import math
@@ -17,107 +16,123 @@ from transformers import PreTrainedModel
 from vllm_toptheta.calibration.attention import (
     AttentionCall,
     dense_attention,
-    pruned_attention,
     replaced_attention,
+    row_chunks,
 )
-from vllm_toptheta.kernels.reference import attention_weights, select_top_k
+from vllm_toptheta.kernels.layout import NUM_WEIGHTS, group_size_of
+from vllm_toptheta.kernels.reference import (
+    Selection,
+    compensated_output,
+    select,
+    weighted_values,
+    whole_groups,
+)
 
-NUM_BINS = 512
-BUCKETS_PER_OCTAVE = 4
-SHORTEST_ROW = 16
-_ROWS_PER_BUCKET = 32
+LOWEST_LOG_PROB = -20
+BINS_PER_UNIT = 16
+NUM_BINS = -LOWEST_LOG_PROB * BINS_PER_UNIT
+SHORTEST_ROW = 128
+GROUP_SIZE = group_size_of(64)
+"""Of the compensation: that of every block size but the smallest."""
+ROWS_PER_BUCKET = 64
 """Rows a document contributes to a bucket: neighbouring rows resemble one another, so more add
-little.
-"""
-_RANGE_ROWS = 64
-_RANGE_MARGIN = 0.25
+little."""
+_FIT_BUCKETS = 2
+"""Longest buckets whose rows the weights are fitted on; servers leave short rows dense."""
 
 
 @dataclass
-class ScoreStatistics:
-    """Accumulated histograms of one model.
-
-    Bin 0 is the lowest; scores below or above the range count in the end bins.
+class AttentionStatistics:
+    """Accumulated statistics of one model.
 
     Attributes:
-        edges: [num_buckets + 1] row lengths, bucket b holds edges[b] < length <= edges[b + 1].
-        low: [num_layers, num_heads] float64, lower end of bin 0, units of q.k * sm_scale.
-        width: [num_layers, num_heads] float64, width of a bin.
-        count: [num_layers, num_heads, num_buckets, num_bins] float64, keys.
-        mass: the same shape, their probability.
+        edges: [num_buckets] longest row of each bucket: octaves up to the documents' length. A
+            bucket holds the last quarter of rows up to there.
+        count: [num_layers, num_kv_heads, num_buckets, NUM_BINS + 1] float64, keys by the largest
+            log p that a head of the group gives them: bin i starts at LOWEST_LOG_PROB + i /
+            BINS_PER_UNIT. The last bin holds the keys that are always kept; those below the first
+            are left out.
         rows: [num_buckets] float64, rows sampled, of every layer alike.
         row_tokens: [num_buckets] float64, sum of their lengths.
-        clipped: keys above the range; those lie in the top bin, whose theta is not to be trusted.
+        gram: [num_layers, num_heads, NUM_WEIGHTS, NUM_WEIGHTS] float64, products of the terms of
+            the compensation.
+        moment: [num_layers, num_heads, NUM_WEIGHTS] float64, their products with the dense output.
+        dense: [num_layers, num_heads] float64, the dense output's product with itself.
+        kept_mass: [num_layers, num_heads] float64, sum of kept shares at min_prob.
+        fit_rows: rows behind gram, moment, dense and kept_mass.
         windows: per layer, keys a row sees at most; None for all.
         num_tokens: tokens seen.
     """
 
     edges: Tensor
-    low: Tensor
-    width: Tensor
     count: Tensor
-    mass: Tensor
     rows: Tensor
     row_tokens: Tensor
-    clipped: float
+    gram: Tensor
+    moment: Tensor
+    dense: Tensor
+    kept_mass: Tensor
+    fit_rows: int
     windows: list[int | None]
     num_tokens: int
 
     @classmethod
-    def empty(cls, num_layers: int, num_heads: int, length: int) -> "ScoreStatistics":
+    def empty(
+        cls, num_layers: int, num_heads: int, num_kv_heads: int, length: int
+    ) -> "AttentionStatistics":
         """Statistics of nothing, for documents of up to `length` tokens.
 
         Raises:
             ValueError: the documents are too short for two buckets.
         """
-        num_buckets = math.ceil(math.log2(length / SHORTEST_ROW) * BUCKETS_PER_OCTAVE)
-        if num_buckets < 2:
-            raise ValueError(
-                f"length {length} is too short, expected at least {2 * SHORTEST_ROW} tokens "
-                "a document"
-            )
-        octaves = torch.arange(-num_buckets, 1, dtype=torch.float64) / BUCKETS_PER_OCTAVE
-        shape = (num_layers, num_heads, num_buckets, NUM_BINS)
+        cls.check_length(length)
+        num_buckets = math.floor(math.log2(length / SHORTEST_ROW)) + 1
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64)
+
         return cls(
-            edges=(length * octaves.exp2()).floor().long(),
-            low=torch.zeros(num_layers, num_heads, dtype=torch.float64),
-            width=torch.zeros(num_layers, num_heads, dtype=torch.float64),
-            count=torch.zeros(shape, dtype=torch.float64),
-            mass=torch.zeros(shape, dtype=torch.float64),
-            rows=torch.zeros(num_buckets, dtype=torch.float64),
-            row_tokens=torch.zeros(num_buckets, dtype=torch.float64),
-            clipped=0.0,
+            edges=length // 2 ** torch.arange(num_buckets - 1, -1, -1),
+            count=zeros(num_layers, num_kv_heads, num_buckets, NUM_BINS + 1),
+            rows=zeros(num_buckets),
+            row_tokens=zeros(num_buckets),
+            gram=zeros(num_layers, num_heads, NUM_WEIGHTS, NUM_WEIGHTS),
+            moment=zeros(num_layers, num_heads, NUM_WEIGHTS),
+            dense=zeros(num_layers, num_heads),
+            kept_mass=zeros(num_layers, num_heads),
+            fit_rows=0,
             windows=[None] * num_layers,
             num_tokens=0,
         )
 
-    @property
-    def num_buckets(self) -> int:
-        return self.edges.numel() - 1
+    @staticmethod
+    def check_length(length: int) -> None:
+        """Raise ValueError where documents are too short for two buckets."""
+        if length < 2 * SHORTEST_ROW:
+            raise ValueError(
+                f"length {length} is too short, expected at least {2 * SHORTEST_ROW} tokens "
+                "a document"
+            )
 
     @property
-    def clipped_fraction(self) -> float:
-        """Fraction of the sampled keys that scored above the histogram's range."""
-        return self.clipped / max(1.0, float(self.count.sum()))
+    def num_buckets(self) -> int:
+        return self.edges.numel()
 
 
 @dataclass
 class Collector:
-    """Feeds a model's attention to `ScoreStatistics`, document by document.
+    """Feeds a model's attention to `AttentionStatistics`, document by document.
 
     Attributes:
         model: a causal language model in eval mode.
         statistics: what has been collected so far.
-        tac_k: let every layer output its compensated top tac_k, as inference will (top-k at
-            calibration); 0 leaves the model dense.
-        group_size: tokens per compensation group of that output.
+        min_prob: attention probability below which keys are dropped where the weights are fitted.
         seed: of the choice of rows.
     """
 
     model: PreTrainedModel
-    statistics: ScoreStatistics
-    tac_k: int
-    group_size: int
+    statistics: AttentionStatistics
+    min_prob: float
     seed: int = 0
     _generator: torch.Generator = field(init=False)
     _sample: list[Tensor] = field(init=False, default_factory=list)
@@ -140,88 +155,83 @@ class Collector:
             ValueError: the model has layers that do not attend, or an attention that cannot be
                 calibrated.
         """
+        statistics = self.statistics
         for document in documents:
             self._sample = self._choose_rows(document.numel())
             self._seen_layers.clear()
             with replaced_attention(self.model, self._attend), torch.inference_mode():
                 # Without the language model's head: nobody reads the logits.
                 self.model.base_model(document[None].to(self.model.device), use_cache=False)
-            if missing := set(range(len(self.statistics.windows))) - self._seen_layers:
+            if missing := set(range(len(statistics.windows))) - self._seen_layers:
                 raise ValueError(
                     f"layers {sorted(missing)} did not attend; models with such layers are "
                     "unsupported"
                 )
             for bucket, rows in enumerate(self._sample):
-                self.statistics.rows[bucket] += rows.numel()
-                self.statistics.row_tokens[bucket] += (rows + 1).sum()
-            self.statistics.num_tokens += document.numel()
+                statistics.rows[bucket] += rows.numel()
+                statistics.row_tokens[bucket] += (rows + 1).sum()
+            statistics.fit_rows += sum(rows.numel() for rows in self._sample[-_FIT_BUCKETS:])
+            statistics.num_tokens += document.numel()
             if report is not None:
                 report(document.numel())
 
     def _choose_rows(self, num_rows: int) -> list[Tensor]:
         """Positions of the rows that feed each bucket: evenly spread, with a random offset."""
         sample = []
-        for low, high in zip(
-            self.statistics.edges[:-1].tolist(), self.statistics.edges[1:].tolist(), strict=True
-        ):
-            high = min(high, num_rows)
-            wanted = min(_ROWS_PER_BUCKET, max(0, high - low))
+        for edge in self.statistics.edges.tolist():
+            low, high = edge - edge // 4, min(edge, num_rows)
+            wanted = min(ROWS_PER_BUCKET, max(0, high - low))
             jitter = torch.rand(wanted, generator=self._generator, dtype=torch.float64)
-            sample.append(
-                low + ((torch.arange(wanted) + jitter) * ((high - low) / max(1, wanted))).long()
-            )
+            step = (high - low) / max(1, wanted)
+            sample.append(low + ((torch.arange(wanted) + jitter) * step).long())
         return sample
 
     def _attend(self, call: AttentionCall) -> Tensor:
         self._seen_layers.add(call.layer)
         self.statistics.windows[call.layer] = call.window
-        if not self.statistics.width[call.layer].any():
-            self._set_range(call)
         for bucket, rows in enumerate(self._sample):
-            if rows.numel():
-                self._add(call, bucket, rows.to(call.query.device))
-        if not self.tac_k:
-            return dense_attention(call)
-        return pruned_attention(
-            call,
-            lambda scores, _: select_top_k(scores, self.tac_k),
-            group_size=self.group_size,
-        )
+            fitted = bucket >= self.statistics.num_buckets - _FIT_BUCKETS
+            for chunk, first_key in row_chunks(call, rows.to(call.query.device)):
+                chosen = self._select(call, chunk, first_key)
+                self._count(call.layer, bucket, chosen)
+                if fitted:
+                    value = call.value[first_key : int(chunk[-1]) + 1].float()
+                    self._add_products(call.layer, chosen, value)
+        return dense_attention(call)
 
-    def _set_range(self, call: AttentionCall) -> None:
-        """Fix the histogram's range by some rows of the first document, with a margin."""
-        rows = torch.linspace(0, call.num_rows - 1, min(_RANGE_ROWS, call.num_rows)).long()
-        rows = torch.unique_consecutive(rows)
-        scores = call.scores(rows.to(call.query.device)).double().flatten(1)
-        visible = scores > -math.inf
-        low = scores.masked_fill(~visible, math.inf).amin(-1)
-        high = scores.amax(-1)
-        margin = (high - low).clamp(min=1e-3) * _RANGE_MARGIN
-        self.statistics.low[call.layer] = (low - margin).cpu()
-        self.statistics.width[call.layer] = ((high - low + 2 * margin) / NUM_BINS).cpu()
-
-    def _add(self, call: AttentionCall, bucket: int, rows: Tensor) -> None:
-        first_key = 0 if call.window is None else max(0, int(rows[0]) + 1 - call.window)
+    def _select(self, call: AttentionCall, rows: Tensor, first_key: int) -> Selection:
+        num_kv_heads = call.key.shape[1]
+        threshold = torch.full((num_kv_heads, len(rows)), math.log(self.min_prob))
         scores = call.scores(rows, first_key).float()
-        weights = attention_weights(
-            scores,
-            torch.ones((), dtype=torch.bool, device=scores.device),
-            group_size=None,
-            sinks=call.sinks,
-        )
-        low = self.statistics.low[call.layer].to(scores)
-        width = self.statistics.width[call.layer].to(scores)
-        bins = (scores - low[:, None, None]) / width[:, None, None]
-        self.statistics.clipped += float((bins >= NUM_BINS).sum())
-        # Bin NUM_BINS takes the hidden keys and is dropped.
-        bins = bins.clamp(0, NUM_BINS - 1).long().masked_fill_(scores == -math.inf, NUM_BINS)
-        bins += torch.arange(call.num_heads, device=bins.device)[:, None, None] * (NUM_BINS + 1)
-        size = call.num_heads * (NUM_BINS + 1)
-        for total, added in (
-            (self.statistics.count, torch.bincount(bins.flatten(), minlength=size)),
-            (
-                self.statistics.mass,
-                torch.bincount(bins.flatten(), weights.flatten(), minlength=size),
-            ),
-        ):
-            total[call.layer, :, bucket] += added.view(call.num_heads, -1)[:, :-1].cpu()
+        return select(scores, threshold.to(scores), 0.0, group_size=GROUP_SIZE, sinks=call.sinks)
+
+    def _count(self, layer: int, bucket: int, chosen: Selection) -> None:
+        num_kv_heads = chosen.kept.shape[0]
+        probs = chosen.probs.unflatten(0, (num_kv_heads, -1))
+        best = probs == probs.amax(-1, keepdim=True)
+        whole = whole_groups(chosen.visible, GROUP_SIZE).repeat_interleave(GROUP_SIZE, -1)
+        always = (best.any(1) | ~whole[:, : probs.shape[-1]]) & chosen.visible
+        wanted = probs.amax(1).log()
+        # Bin 0 takes what counts nowhere; the hidden keys, whose logarithm is -inf, too.
+        bins = ((wanted - LOWEST_LOG_PROB) * BINS_PER_UNIT).floor().clamp(-1, NUM_BINS - 1).long()
+        bins = bins.masked_fill_(always, NUM_BINS) + 1
+        bins += torch.arange(num_kv_heads, device=bins.device)[:, None, None] * (NUM_BINS + 2)
+        added = torch.bincount(bins.flatten(), minlength=num_kv_heads * (NUM_BINS + 2))
+        self.statistics.count[layer, :, bucket] += added.view(num_kv_heads, -1)[:, 1:].cpu()
+
+    def _add_products(self, layer: int, chosen: Selection, value: Tensor) -> None:
+        num_heads = chosen.probs.shape[0]
+        terms = torch.stack(
+            [
+                compensated_output(chosen, value, one.expand(num_heads, -1), group_size=GROUP_SIZE)
+                for one in torch.eye(NUM_WEIGHTS, device=value.device)
+            ],
+            dim=-1,
+        )  # [num_rows, num_heads, head_dim, NUM_WEIGHTS]
+        dense = weighted_values(chosen.probs, value).transpose(0, 1).flatten(1).double()
+        flat = terms.transpose(0, 1).flatten(1, 2).double()
+        statistics = self.statistics
+        statistics.gram[layer] += (flat.transpose(1, 2) @ flat).cpu()
+        statistics.moment[layer] += (dense[:, None] @ flat)[:, 0].cpu()
+        statistics.dense[layer] += dense.square().sum(-1).cpu()
+        statistics.kept_mass[layer] += chosen.kept_mass.sum(-1).double().cpu()

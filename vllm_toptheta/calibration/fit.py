@@ -1,285 +1,103 @@
-"""Score statistics in, thresholds out; pure arithmetic.
+"""Statistics in, the tensors of a table out. Pure.
 
-A level's k is divided among heads so that the least probability mass is lost: every head's loss as
-a function of its budget is known, and one Lagrange multiplier over the convex hulls of those curves
-solves it.
+Counts per threshold are cumulated histograms. The weights of the compensation are least squares
+against the dense output, drawn a little towards what most heads come to.
 """
 
-import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from vllm_toptheta.calibration.collect import ScoreStatistics
-from vllm_toptheta.thresholds import KEEP_ALL
+from vllm_toptheta.calibration.collect import (
+    BINS_PER_UNIT,
+    LOWEST_LOG_PROB,
+    NUM_BINS,
+    AttentionStatistics,
+)
 
-LEVELS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-_LONGEST_SHARE = 0.5
-"""A head's budget stays below this share of the longest row, so that the last knot always has a
-measured theta.
-"""
-_BUDGETS_PER_OCTAVE = 4
-_SMALLEST_BUDGET = 2.0
-_SLOPE_OCTAVES = 2.0
-_SLOPE_MIN_RATIO = 2.0
-"""Knots of rows shorter than this many budgets say nothing about long rows: theta dives there."""
-_SLOPE_SHARE = 0.5
-"""Theta flattens as rows grow: half the trend predicts counts at 2 to 4 times the length best."""
-_ALLOCATION_OCTAVES = 2.0
+_STORED_BINS_PER_UNIT = 4
+_PRIOR = (0.9, 0.1, 0.9, 0.0, 0.0)
+"""Weights of a head about which the rows say nothing."""
+_RIDGE = 1e-4
 
 
 @dataclass(frozen=True)
-class FittedThresholds:
+class Fitted:
     """The tensors of a `ThresholdTable`; see there for shapes and units."""
 
-    levels: Tensor
     lengths: Tensor
-    theta: Tensor
-    slope: Tensor
-    head_k: Tensor
-    lost_mass: Tensor
+    log_probs: Tensor
+    kept: Tensor
+    weights: Tensor
+    offsets: Tensor
 
 
-@dataclass(frozen=True)
-class _Curves:
-    """Kept keys and mass as functions of the threshold, from the highest bin's upper edge down.
-
-    Attributes:
-        count: [num_layers, num_heads, num_buckets, num_bins + 1], keys of a row above the edge,
-            mean over rows.
-        mass: the same shape, their probability.
-        top: [num_layers, num_heads], the highest edge.
-        width: [num_layers, num_heads], distance of edges.
-        lengths: [num_buckets], mean row length.
-    """
-
-    count: Tensor
-    mass: Tensor
-    top: Tensor
-    width: Tensor
-    lengths: Tensor
-
-
-def fit(
-    statistics: ScoreStatistics,
-    allocation: Literal["lost_mass", "uniform"] = "lost_mass",
-    levels: tuple[int, ...] = LEVELS,
-) -> FittedThresholds:
-    """Turn statistics into thresholds.
-
-    Args:
-        statistics: what `collect` gathered.
-        allocation: "lost_mass" divides a level's k among heads; "uniform" gives every head the
-            level's k.
-        levels: mean k's to fit; those that the documents were too short for are left out.
+def fit(statistics: AttentionStatistics) -> Fitted:
+    """Turn statistics into a table's tensors; offsets are 0.
 
     Raises:
-        ValueError: no level fits the documents' length, or there are no statistics.
+        ValueError: there are no statistics, or of fewer than two row lengths.
     """
-    curves = _curves(statistics)
-    cap = _budget_caps(statistics, curves)
-    usable = [level for level in levels if level <= float(cap.mean()) * 0.9]
-    if not usable:
-        raise ValueError(
-            f"no k fits documents whose rows have at most {float(curves.lengths[-1]):.0f} tokens; "
-            "give a larger --length"
-        )
-    if allocation == "lost_mass":
-        head_k = allocate(*_loss_curves(curves, cap), torch.tensor(usable, dtype=torch.float64))
-    else:
-        head_k = (
-            torch.tensor(usable, dtype=torch.float64)[:, None, None].expand(-1, *cap.shape).clone()
-        )
-    theta, lost = _invert(curves, head_k)
-    theta = _smooth(theta)
-    slope = _slopes(theta, head_k, curves.lengths, statistics.windows)
-    # Noise, smoothing and interpolation must not make a larger budget keep less.
-    theta = theta.cummin(0).values
-    weight = _allocation_weights(curves)
-    return FittedThresholds(
-        levels=torch.tensor(usable, dtype=torch.float32),
-        lengths=curves.lengths.float(),
-        theta=theta.float(),
-        slope=slope.float(),
-        head_k=head_k.float(),
-        lost_mass=(lost * weight).sum(-1).clamp(0, 1).float(),
-    )
-
-
-def allocate(budgets: Tensor, losses: Tensor, levels: Tensor) -> Tensor:
-    """Divide mean budgets so that the sum of losses is least.
-
-    Args:
-        budgets: [num_budgets] ascending.
-        losses: [num_layers, num_heads, num_budgets], loss of a head at a budget; repeat the last
-            value where a head cannot use more.
-        levels: [num_levels] mean budgets.
-
-    Returns:
-        [num_levels, num_layers, num_heads]; grows with the level, its mean is the level unless no
-        head gains from more.
-    """
-    num_layers, num_heads, _ = losses.shape
-    gains = _hull_gains(budgets, losses.flatten(0, 1))
-    widths = budgets.diff().expand_as(gains)
-    # Gains fall along a head's hull, so a stable sort fills each head's segments in order.
-    order = gains.flatten().argsort(descending=True, stable=True)
-    filled_before = widths.flatten()[order].cumsum(0) - widths.flatten()[order]
-    result = []
-    for level in levels.tolist():
-        total = (level - float(budgets[0])) * num_layers * num_heads
-        filled = torch.empty_like(filled_before)
-        filled[order] = torch.minimum((total - filled_before).clamp(min=0), widths.flatten()[order])
-        result.append(budgets[0] + filled.view_as(gains).sum(-1))
-    return torch.stack(result).view(-1, num_layers, num_heads)
-
-
-def _hull_gains(budgets: Tensor, losses: Tensor) -> Tensor:
-    """Loss saved per key on every segment of a curve's lower convex hull, [num_curves, num_budgets
-    - 1], falling.
-    """
-    budget = budgets.tolist()
-    rows = []
-    for loss in losses.tolist():
-        hull = [0]
-        for point in range(1, len(budget)):
-            while len(hull) > 1:
-                a, b = hull[-2], hull[-1]
-                if (loss[b] - loss[a]) * (budget[point] - budget[b]) < (loss[point] - loss[b]) * (
-                    budget[b] - budget[a]
-                ):
-                    break
-                hull.pop()
-            hull.append(point)
-        gains: list[float] = []
-        for a, b in zip(hull[:-1], hull[1:], strict=True):
-            gains += [(loss[a] - loss[b]) / (budget[b] - budget[a])] * (b - a)
-        rows.append(gains)
-    return torch.tensor(rows, dtype=torch.float64)
-
-
-def _curves(statistics: ScoreStatistics) -> _Curves:
-    if not float(statistics.rows.sum()):
-        raise ValueError("there are no statistics to fit; the corpus gave no documents")
     filled = statistics.rows > 0
+    if int(filled.sum()) < 2:
+        raise ValueError("there are no statistics to fit; the corpus gave no documents")
     rows = statistics.rows[filled]
-
-    def accumulated(histogram: Tensor) -> Tensor:
-        from_top = (histogram[:, :, filled] / rows[:, None]).flip(-1).cumsum(-1)
-        return torch.nn.functional.pad(from_top, (1, 0))
-
-    count = accumulated(statistics.count)
-    return _Curves(
-        count=count,
-        mass=accumulated(statistics.mass),
-        top=statistics.low + statistics.width * statistics.count.shape[-1],
-        width=statistics.width,
-        lengths=statistics.row_tokens[filled] / rows,
+    from_top = statistics.count[:, :, filled].flip(-1).cumsum(-1).flip(-1) / rows[:, None]
+    stored = torch.arange(0, NUM_BINS + 1, BINS_PER_UNIT // _STORED_BINS_PER_UNIT)
+    weights = fit_weights(statistics.gram, statistics.moment)
+    return Fitted(
+        lengths=(statistics.row_tokens[filled] / rows).float(),
+        log_probs=(LOWEST_LOG_PROB + stored / BINS_PER_UNIT).float(),
+        kept=from_top[..., stored].float(),
+        weights=weights.float(),
+        offsets=torch.zeros(statistics.count.shape[:2]),
     )
 
 
-def _budget_caps(statistics: ScoreStatistics, curves: _Curves) -> Tensor:
-    """[num_layers, num_heads], the largest budget a head can use."""
-    longest = float(curves.lengths[-1])
-    caps = [
-        longest * _LONGEST_SHARE if window is None else min(window, longest * _LONGEST_SHARE)
-        for window in statistics.windows
-    ]
-    return torch.tensor(caps, dtype=torch.float64)[:, None].expand_as(curves.top)
-
-
-def _allocation_weights(curves: _Curves) -> Tensor:
-    """[num_buckets], weights of the row lengths whose loss counts: the longest octaves."""
-    weight = (curves.lengths >= curves.lengths[-1] / 2**_ALLOCATION_OCTAVES).double()
-    return weight / weight.sum()
-
-
-def _loss_curves(curves: _Curves, cap: Tensor) -> tuple[Tensor, Tensor]:
-    """Budgets [num_budgets] and every head's lost mass there, [num_layers, num_heads,
-    num_budgets].
-    """
-    steps = math.ceil(math.log2(float(cap.max()) / _SMALLEST_BUDGET) * _BUDGETS_PER_OCTAVE)
-    budgets = _SMALLEST_BUDGET * (float(cap.max()) / _SMALLEST_BUDGET) ** (
-        torch.arange(steps + 1, dtype=torch.float64) / steps
-    )
-    weight = _allocation_weights(curves)
-    losses = torch.stack(
-        [
-            (_invert(curves, torch.minimum(budget, cap)[None])[1][0] * weight).sum(-1)
-            for budget in budgets
-        ],
-        dim=-1,
-    )
-    return budgets, losses
-
-
-def _invert(curves: _Curves, head_k: Tensor) -> tuple[Tensor, Tensor]:
-    """Theta that keeps head_k keys of a row on average, and the mass lost below it.
+def fit_weights(gram: Tensor, moment: Tensor, *, constrained: bool = True) -> Tensor:
+    """Weights of the compensation's terms whose sum comes closest to the dense output.
 
     Args:
-        curves: kept keys and mass per threshold.
-        head_k: [num_levels, num_layers, num_heads].
+        gram: [..., NUM_WEIGHTS, NUM_WEIGHTS] float64, products of the terms.
+        moment: [..., NUM_WEIGHTS] float64, their products with the dense output.
+        constrained: let the first two weights sum to 1, so that a row that loses nothing gets its
+            dense output.
 
     Returns:
-        Two [num_levels, num_layers, num_heads, num_buckets]; KEEP_ALL and 0 where rows are no
-        longer than head_k.
+        [..., NUM_WEIGHTS] float64.
     """
-    thetas, losses = [], []
-    for budget in head_k:
-        wanted = budget[..., None, None].expand(*curves.count.shape[:-1], 1).contiguous()
-        upper = torch.searchsorted(curves.count, wanted).clamp(1, curves.count.shape[-1] - 1)
-        below, above = curves.count.gather(-1, upper - 1), curves.count.gather(-1, upper)
-        part = ((wanted - below) / (above - below).clamp(min=1e-12)).clamp(0, 1)
-        mass = torch.lerp(
-            curves.mass.gather(-1, upper - 1), curves.mass.gather(-1, upper), part
-        ).squeeze(-1)
-        theta = curves.top[..., None] - (upper - 1 + part).squeeze(-1) * curves.width[..., None]
-        everything = curves.count[..., -1] <= budget[..., None]
-        thetas.append(theta.masked_fill(everything, KEEP_ALL))
-        losses.append((curves.mass[..., -1] - mass).clamp(min=0).masked_fill(everything, 0.0))
-    return torch.stack(thetas), torch.stack(losses)
+    size = gram.shape[-1]
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    # A term that is zero everywhere takes its weight from the prior.
+    scale = diagonal.clamp(min=1e-12 * diagonal.amax(-1, keepdim=True) + 1e-30)
+    prior = torch.tensor(_PRIOR, dtype=gram.dtype)
+    matrix = gram + _RIDGE * torch.diag_embed(scale)
+    right = moment + _RIDGE * scale * prior
+    # In units of each term's size, so that rare terms do not drown in rounding.
+    unit = scale.sqrt()
+    matrix, right = matrix / (unit[..., None] * unit[..., None, :]), right / unit
+    if constrained:
+        row = torch.zeros_like(unit)
+        row[..., :2] = 1 / unit[..., :2]
+        row = row / row.amax(-1, keepdim=True)
+        total = 1 / (1 / unit[..., :2]).amax(-1)
+        matrix = torch.cat([matrix, row[..., None, :]], dim=-2)
+        column = torch.nn.functional.pad(row, (0, 1))
+        matrix = torch.cat([matrix, column[..., None]], dim=-1)
+        right = torch.cat([right, total[..., None]], dim=-1)
+    solution: Tensor = torch.linalg.solve(matrix, right)
+    return solution[..., :size] / unit
 
 
-def _smooth(theta: Tensor) -> Tensor:
-    """Average neighbouring knots 1:2:1 where all three are measured; the ends stay as they are."""
-    smooth = theta.clone()
-    if theta.shape[-1] >= 3:
-        left, middle, right = theta[..., :-2], theta[..., 1:-1], theta[..., 2:]
-        measured = (left > KEEP_ALL) & (middle > KEEP_ALL) & (right > KEEP_ALL)
-        smooth[..., 1:-1] = torch.where(measured, (left + 2 * middle + right) / 4, middle)
-    return smooth
-
-
-def _slopes(theta: Tensor, head_k: Tensor, lengths: Tensor, windows: list[int | None]) -> Tensor:
-    """Expected change of theta per doubling of the length past the last knot; 0 behind a window.
-
-    A damped least-squares trend over the longest rows.
+def residual(gram: Tensor, moment: Tensor, dense: Tensor, weights: Tensor) -> Tensor:
+    """[...] squared distance to the dense output as a share of its square.
 
     Args:
-        theta: [num_levels, num_layers, num_heads, num_buckets].
-        head_k: [num_levels, num_layers, num_heads].
-        lengths: [num_buckets].
-        windows: per layer, None for none.
-
-    Returns:
-        [num_levels, num_layers, num_heads], not growing with the level.
+        gram, moment: as in `fit_weights`.
+        dense: [...] squared dense output.
+        weights: [..., NUM_WEIGHTS].
     """
-    position = lengths.log2()
-    tail = (position >= position[-1] - _SLOPE_OCTAVES) & (theta > KEEP_ALL)
-    tail = tail & (lengths >= _SLOPE_MIN_RATIO * head_k[..., None])
-    weight = tail.double()
-    total = weight.sum(-1, keepdim=True).clamp(min=1)
-    deviation = (position - (weight * position).sum(-1, keepdim=True) / total) * weight
-    measured = theta.masked_fill(~tail, 0.0)
-    slope = (deviation * measured).sum(-1) / (deviation * deviation).sum(-1).clamp(min=1e-9)
-    # Few knots say little about a trend.
-    slope = slope.masked_fill(weight.sum(-1) < 3, 0.0) * _SLOPE_SHARE
-    for layer, window in enumerate(windows):
-        if window is not None and window < float(lengths[-1]):
-            slope[:, layer] = 0.0
-    # Levels must not cross beyond the last knot: the mean of the two nearest monotone bounds.
-    falling = slope.cummin(0).values
-    rising = slope.flip(0).cummax(0).values.flip(0)
-    return (falling + rising) / 2
+    fitted = (weights[..., None, :] @ gram @ weights[..., None])[..., 0, 0]
+    left = dense - 2 * (weights * moment).sum(-1) + fitted
+    return left / dense.clamp(min=1e-30)

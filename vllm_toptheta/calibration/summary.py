@@ -4,46 +4,35 @@ from typing import Any
 
 import torch
 
-from vllm_toptheta.thresholds import KEEP_ALL, ThresholdTable
+from vllm_toptheta.thresholds import ThresholdTable
+
+_SHOWN_PROBS = (0.0005, 0.001, 0.002, 0.004)
 
 
-def summarize(table: ThresholdTable, k: float, length: int) -> dict[str, Any]:
-    """Provenance and a summary per layer, ready for JSON.
-
-    Args:
-        table: the table.
-        k: mean keys per row to show; clamped to the table's levels.
-        length: row length to show theta at.
-    """
-    levels = table.levels.tolist()
-    shown_k = min(max(k, levels[0]), levels[-1])
-    level = table.at_k(shown_k)
-    nearest = int((table.levels.log2() - torch.tensor(shown_k).log2()).abs().argmin())
-    theta = level.lookup(torch.tensor([length]))[:, 0]
-    layers = []
-    for layer in range(table.num_layers):
-        # A head that keeps everything has no threshold worth averaging.
-        measured = theta[layer][theta[layer] > KEEP_ALL / 2]
-        layers.append(
+def summarize(table: ThresholdTable) -> dict[str, Any]:
+    """Provenance, keys kept by row length, and weights, ready for JSON."""
+    kept = table.kept_at(torch.tensor(_SHOWN_PROBS).log())
+    return {
+        "metadata": table.metadata.model_dump(mode="json"),
+        "k": [table.min_k, table.max_k],
+        "lengths": table.lengths.tolist(),
+        "min_probs": list(_SHOWN_PROBS),
+        "kept": kept.mean((0, 1)).tolist(),
+        "weights": table.weights.mean((0, 1)).tolist(),
+        "offsets": {
+            "mean_size": float(table.offsets.abs().mean()),
+            "largest": float(table.offsets.abs().max()),
+        },
+        "layers": [
             {
                 "layer": layer,
                 "window": table.metadata.windows[layer],
-                "budget": _spread(level.head_k[layer]),
-                "theta": _spread(measured) if measured.numel() else None,
-                "lost_mass": float(table.lost_mass[nearest, layer].mean()),
+                "kept": kept[layer, :, -1].mean(0).tolist(),
+                "weights": table.weights[layer].mean(0).tolist(),
+                "offsets": table.offsets[layer].tolist(),
             }
-        )
-    return {
-        "metadata": table.metadata.model_dump(mode="json"),
-        "levels": [
-            {"k": k_level, "mean_lost_mass": lost}
-            for k_level, lost in zip(levels, table.mean_lost_mass.tolist(), strict=True)
+            for layer in range(table.num_layers)
         ],
-        "row_lengths": [float(table.lengths[0]), float(table.lengths[-1])],
-        "k": shown_k,
-        "length": length,
-        "lost_mass_at_k": levels[nearest],
-        "layers": layers,
     }
 
 
@@ -56,11 +45,8 @@ def to_text(summary: dict[str, Any]) -> str:
         f"{identity['num_kv_heads']} kv heads"
     )
     versions = ", ".join(f"{name} {version}" for name, version in metadata["versions"].items())
-    shortest, longest = summary["row_lengths"]
-    shown_at = (
-        f"k = {summary['k']:g}; theta at rows of {summary['length']}; "
-        f"lost mass at level {summary['lost_mass_at_k']:g}"
-    )
+    offsets = summary["offsets"]
+    probs = "  ".join(f"{prob:>7g}" for prob in summary["min_probs"])
     lines = [
         f"model        {identity['name']} ({', '.join(identity['architectures'])})",
         f"             {shape}, config hash {identity['config_hash'][:12]}",
@@ -68,30 +54,31 @@ def to_text(summary: dict[str, Any]) -> str:
         f"             {metadata['num_tokens']} tokens in documents of {metadata['length']}",
         f"made by      {metadata['command']}",
         f"             {metadata['created']}, {versions}",
-        f"allocation   {metadata['allocation']}",
-        f"TAC          k {metadata['tac_k']}, compensation group {metadata['group_size']}",
-        f"row lengths  {shortest:.0f} to {longest:.0f}, extrapolated beyond",
-        "k            " + "  ".join(f"{level['k']:g}" for level in summary["levels"]),
-        "lost mass    "
-        + "  ".join(f"{level['mean_lost_mass']:.1%}" for level in summary["levels"]),
+        f"k            {summary['k'][0]:g} to {summary['k'][1]:g}",
+        f"weights      {_numbers(summary['weights'])}, fitted at min_prob {metadata['min_prob']:g}",
+        f"offsets      {offsets['mean_size']:.2f} on average, {offsets['largest']:.2f} at most"
+        if offsets["largest"]
+        else "offsets      none",
         "",
-        shown_at,
-        "layer  window   budget min/mean/max      theta min/mean/max   lost mass",
+        "keys kept per row and kv head at a min_prob of",
+        f"row length  {probs}",
     ]
-    for layer in summary["layers"]:
-        budget, theta = layer["budget"], layer["theta"]
-        shown = (
-            f"{theta['min']:7.2f} {theta['mean']:7.2f} {theta['max']:7.2f}"
-            if theta
-            else "keeps everything".rjust(23)
-        )
-        lines.append(
-            f"{layer['layer']:5d}  {layer['window'] or 'full':>6}  "
-            f"{budget['min']:6.0f} {budget['mean']:6.0f} {budget['max']:6.0f}   "
-            f"{shown}   {layer['lost_mass']:8.1%}"
-        )
+    lines += [
+        f"{length:>10.0f}  {_counts(kept)}"
+        for length, kept in zip(summary["lengths"], summary["kept"], strict=True)
+    ]
+    lines += ["", f"layer  window  {probs}   weights"]
+    lines += [
+        f"{layer['layer']:5d}  {layer['window'] or 'full':>6}  {_counts(layer['kept'])}   "
+        f"{_numbers(layer['weights'])}"
+        for layer in summary["layers"]
+    ]
     return "\n".join(lines)
 
 
-def _spread(values: torch.Tensor) -> dict[str, float]:
-    return {"min": float(values.min()), "mean": float(values.mean()), "max": float(values.max())}
+def _counts(kept: list[float]) -> str:
+    return "  ".join(f"{count:7.1f}" for count in kept)
+
+
+def _numbers(values: list[float]) -> str:
+    return " ".join(f"{value:5.2f}" for value in values)

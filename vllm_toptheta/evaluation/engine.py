@@ -22,7 +22,7 @@ from vllm_toptheta.telemetry.carrier import KEY
 from vllm_toptheta.threshold_store import ThresholdStore
 
 HEADINGS = (
-    f"{'engine':24} {'all':>8} {'vs stock':>8} {'prompt':>8} {'vs stock':>8} {'decoded':>8} "
+    f"{'engine':32} {'all':>8} {'vs stock':>8} {'prompt':>8} {'vs stock':>8} {'decoded':>8} "
     f"{'vs stock':>8} {'kept':>7} {'V tiles':>7} {'kept':>7} {'V rows':>7}"
 )
 """Perplexity over all tokens, those that prompt rows predict, and those that decode rows predict;
@@ -38,7 +38,7 @@ class EngineResult:
     perplexities where no token was predicted.
 
     Attributes:
-        engine: "stock", or what is pruned and at which k.
+        engine: "stock", or what is pruned and at which setting.
         options: the `toptheta` entry of the configuration; None for stock.
         perplexity: exp of the mean negative log likelihood per token.
         ratio_to_stock: perplexity divided by the stock engine's.
@@ -81,7 +81,7 @@ class EngineResult:
             f"{self.decode_kept_fraction:7.4f}",
             f"{self.decode_v_row_fraction:7.4f}",
         )
-        return " ".join([f"{self.engine:24}", *map(dashed, cells)])
+        return " ".join([f"{self.engine:32}", *map(dashed, cells)])
 
 
 def dashed(cell: str) -> str:
@@ -90,22 +90,30 @@ def dashed(cell: str) -> str:
 
 
 def variants(
-    phases: Sequence[str], ks: Sequence[float], prefill_ks: Sequence[float], min_kv_len: int
+    phases: Sequence[str],
+    min_probs: Sequence[float],
+    ks: Sequence[float],
+    prefill_min_probs: Sequence[float],
+    min_kv_len: int,
 ) -> list[Options]:
     """Options of every pruning engine to try.
 
     Args:
         phases: "decode", "prefill", "both", or several.
-        ks: mean keys a row keeps, of prompts as well.
-        prefill_ks: mean keys a prompt row keeps with "both"; empty for the same as `ks`.
+        min_probs: attention probabilities below which V rows are not read.
+        ks: mean keys a row keeps.
+        prefill_min_probs: the probabilities of prompt rows with "both"; empty for the same.
         min_kv_len: rows of at most so many keys are dense.
     """
     found: list[Options] = []
     for phase in phases:
-        of_prompts = prefill_ks if phase == "both" and prefill_ks else [None]
-        for k, prefill_k in itertools.product(ks, of_prompts):
-            options = {"phases": phase, "k": k, "min_kv_len": min_kv_len}
-            found.append(options if prefill_k is None else {**options, "prefill_k": prefill_k})
+        of_prompts = prefill_min_probs if phase == "both" and prefill_min_probs else [None]
+        dials = [{"min_prob": p} for p in min_probs] + [{"k": k} for k in ks]
+        for dial, of_prompt in itertools.product(dials, of_prompts):
+            options = {"phases": phase, **dial, "min_kv_len": min_kv_len}
+            found.append(
+                options if of_prompt is None else {**options, "prefill_min_prob": of_prompt}
+            )
     return found
 
 
@@ -113,25 +121,28 @@ def label(options: Options | None) -> str:
     """What an engine prunes, for people."""
     if options is None:
         return "stock"
-    prompts = f", prefill_k {options['prefill_k']:g}" if "prefill_k" in options else ""
-    return f"{options['phases']} k {options['k']:g}{prompts}"
+    names = ("min_prob", "k", "prefill_min_prob")
+    return " ".join(
+        [options["phases"], *(f"{name} {options[name]:g}" for name in names if name in options)]
+    )
 
 
 def check_levels(model: str, pruned: Sequence[Options]) -> None:
-    """Look every k up in the model's thresholds, before hours of work.
+    """Look every k up in the model's table, before hours of work.
 
     Raises:
-        OSError: the model's configuration cannot be read.
-        ValueError: the model has no table, or a k lies outside its levels.
+        OSError: the model's configuration cannot be read, or it has no table.
+        ValueError: a k lies outside what the table knows.
     """
     from transformers import AutoConfig
 
+    ks = [options["k"] for options in pruned if "k" in options]
+    if not ks:
+        return
     identity = ModelIdentity.from_config(AutoConfig.from_pretrained(model), repo_name(model))
-    table, _ = ThresholdStore().find("auto", identity)
-    for options in pruned:
-        for name in ("k", "prefill_k"):
-            if name in options:
-                table.at_k(options[name])
+    table = ThresholdStore().find("auto", identity).table
+    for k in ks:
+        table.curve_at_k(k)
 
 
 @contextmanager
@@ -330,7 +341,7 @@ def compare_engines(
     Raises:
         OSError: the model or a text cannot be read.
         ValueError: the numbers of tokens leave nothing to prune, a k is not in the model's
-            thresholds, or the text is too short.
+            table, or the text is too short.
     """
     from transformers import AutoTokenizer
 

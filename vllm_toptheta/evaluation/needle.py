@@ -30,7 +30,7 @@ from vllm_toptheta.evaluation.engine import (
 CITIES = ("Paris", "Cairo", "Lima", "Oslo", "Tokyo", "Delhi", "Quito", "Rome", "Accra", "Seoul")
 
 HEADINGS = (
-    f"{'engine':24} {'length':>6} {'found':>7} {'as stock':>8} {'log-prob':>8} {'kept':>7} "
+    f"{'engine':32} {'length':>6} {'found':>7} {'as stock':>8} {'log-prob':>8} {'kept':>7} "
     f"{'kept':>7}"
 )
 """Numbers found, verdicts that are the stock engine's, mean log-probability of the numbers in nats,
@@ -61,7 +61,7 @@ class NeedleResult:
     """One case in one engine.
 
     Attributes:
-        engine: "stock", or what is pruned and at which k.
+        engine: "stock", or what is pruned and at which setting.
         options: the `toptheta` entry of the configuration; None for stock.
         length: tokens of the case.
         depth: where the needle lies, from 0 to 1.
@@ -172,7 +172,7 @@ def to_row(results: Sequence[NeedleResult], stock: Sequence[NeedleResult]) -> st
 
     return " ".join(
         [
-            f"{results[0].engine:24}",
+            f"{results[0].engine:32}",
             f"{results[0].length:6}",
             f"{f'{found}/{number}':>7}",
             f"{f'{same}/{number}':>8}",
@@ -211,7 +211,7 @@ def compare_needles(
 
     Raises:
         OSError: the model or a text cannot be read.
-        ValueError: a k is not in the model's thresholds, or a text is too short for a length.
+        ValueError: a k is not in the model's table, or a text is too short for a length.
     """
     from transformers import AutoTokenizer
 

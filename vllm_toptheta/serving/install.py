@@ -16,7 +16,8 @@ from typing import Any
 
 from vllm_toptheta.request_options import cache_salt
 from vllm_toptheta.serving.served import Served, policy_of, set_served
-from vllm_toptheta.telemetry.delivery import install_on_output_processor
+from vllm_toptheta.telemetry.delivery import install_on_output_processor, resolve
+from vllm_toptheta.telemetry.shield import shielded
 from vllm_toptheta.telemetry.wrapping import is_wrapped, mark_wrapped
 
 MIDDLEWARE = "vllm_toptheta.serving.middleware.TopThetaMiddleware"
@@ -51,11 +52,12 @@ def install(engine_args: Any, vllm_config: Any, plan: Any) -> None:
     """
     args: Namespace | None = getattr(engine_args, _ARGS, None)
     name = vllm_config.model_config.served_model_name
-    served = Served(name, plan.config, plan.policy(), plan.table, plan.table_path, args)
+    table = (plan.table, plan.table_path)
+    served = Served(name, plan.config, plan.policy(), plan.identity, *table, args)
     set_served(served, vllm_config.instance_id)
     _install_on_input_processor()
     if plan.config.telemetry:
-        install_on_output_processor(plan.target_k)
+        install_on_output_processor()
     if args is not None and MIDDLEWARE not in (present := list(getattr(args, "middleware", ()))):
         args.middleware = [*present, MIDDLEWARE]
 
@@ -86,6 +88,8 @@ def _install_on_input_processor() -> None:
             raise VLLMValidationError(f"toptheta: {error}", parameter="vllm_xargs") from None
         request = original(self, *args, **kwargs)
         request.cache_salt = cache_salt(options, request.cache_salt)
+        with shielded("server"):
+            resolve(request, options.setting, policy.server.of(options))
         return request
 
     InputProcessor.process_inputs = process_inputs

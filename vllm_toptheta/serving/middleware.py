@@ -11,7 +11,7 @@ import reprlib
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from vllm_toptheta.request_options import PREFIX
+from vllm_toptheta.request_options import EXAMPLE, PREFIX
 from vllm_toptheta.serving.responses import ResponseWriter
 from vllm_toptheta.serving.served import get_served, is_authorised
 from vllm_toptheta.serving.sinks import get_sinks
@@ -104,8 +104,7 @@ def _problem(body: bytes) -> str | None:
     # vLLM ignores unknown fields, which would leave the client believing that it was heard.
     if stray := sorted(key for key in request if key.startswith(PREFIX)):
         return (
-            f"{', '.join(map(reprlib.repr, stray[:3]))} must stand inside of vllm_xargs: "
-            '"vllm_xargs": {"toptheta_k": 128}'
+            f"{', '.join(map(reprlib.repr, stray[:3]))} must stand inside of vllm_xargs: {EXAMPLE}"
         )
     try:
         get_served().policy.check(request.get("vllm_xargs"))

@@ -7,18 +7,22 @@ data; the JSON routes ask for the server's API key where it has one.
 import asyncio
 import base64
 import hashlib
+import math
 import re
 import time
 from argparse import Namespace
+from dataclasses import asdict
 from importlib import resources
 from typing import Any
 
+import numpy as np
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.responses import HTMLResponse, JSONResponse
 
+from vllm_toptheta.model_identity import ModelIdentity
 from vllm_toptheta.serving.served import Served, get_served, is_authorised
 from vllm_toptheta.serving.sinks import get_sinks
-from vllm_toptheta.telemetry.counters import FIELDS, summarise
+from vllm_toptheta.telemetry.counters import by_name, summarise
 
 _HEADS_KEPT_S = 1.0
 _RPC_TIMEOUT_S = 10.0
@@ -69,14 +73,14 @@ class TopThetaEndpoints:
 
     async def _stats(self) -> dict[str, Any]:
         served = get_served()
-        heads = await self._heads.fetch(served)
+        heads = await self._heads.fetch(served.model)
         if not served.config.telemetry:
             return {"telemetry": False, **heads}
         metrics, live = get_sinks()
         return {
             "telemetry": True,
             "total": summarise(served.policy.server, live.total),
-            "counts": dict(zip(FIELDS, live.total, strict=True)),
+            "counts": by_name(live.total),
             "v_rows_per_second": live.v_rows_per_second(),
             "requests": live.requests(),
             "target_ratio_by_layer": metrics.drift(),
@@ -96,40 +100,49 @@ class Heads:
         self._lock = asyncio.Lock()
         self._fetched = (0.0, {"heads": None, "heads_problem": "not fetched"})
 
-    async def fetch(self, served: Served) -> dict[str, Any]:
-        """`heads` as [num_layers][num_heads] of [kept, scored], or None and `heads_problem`."""
+    async def fetch(self, model: ModelIdentity) -> dict[str, Any]:
+        """`heads` as `merge_heads` has it, or None and `heads_problem`."""
         async with self._lock:
             if time.monotonic() - self._fetched[0] >= _HEADS_KEPT_S:
-                self._fetched = (time.monotonic(), await self._ask(served))
+                self._fetched = (time.monotonic(), await self._ask(model))
         return self._fetched[1]
 
-    async def _ask(self, served: Served) -> dict[str, Any]:
+    async def _ask(self, model: ModelIdentity) -> dict[str, Any]:
         try:
             answers = await self.client.collective_rpc("toptheta_heads", timeout=_RPC_TIMEOUT_S)
-            grid = merge_heads(answers, served.table.num_layers, served.table.num_heads)
+            return {"heads": merge_heads(answers, model), "heads_problem": None}
         except Exception as error:  # the page shows why, and everything else
             return {"heads": None, "heads_problem": f"{type(error).__name__}: {error}"}
-        return {"heads": grid, "heads_problem": None}
 
 
-def merge_heads(
-    answers: list[list[dict[str, Any]]], num_layers: int, num_heads: int
-) -> list[list[list[int]]]:
+def merge_heads(answers: list[list[dict[str, Any]]], model: ModelIdentity) -> dict[str, Any]:
     """Put the workers' shares together.
 
     Args:
         answers: of every rank, what `backend.heads.toptheta_heads` returns.
-        num_layers: of the model.
-        num_heads: query heads of the model.
+        model: the served one.
+
+    Returns:
+        "v_rows": [num_layers][num_kv_heads] of [read, scored]; "kept_mass": [num_layers][num_heads]
+        mean share of a row's attention, None where there were no rows.
     """
-    grid = [[[0, 0] for _ in range(num_heads)] for _ in range(num_layers)]
-    for answer in answers:
-        for part in answer:
-            rows = zip(part["layers"], part["kept"], part["scored"], strict=True)
-            for layer, kept, scored in rows:
-                for head, pair in enumerate(zip(kept, scored, strict=True)):
-                    grid[layer][part["first_head"] + head] = list(pair)
-    return grid
+    group = model.num_heads // model.num_kv_heads
+    v_rows = np.zeros((model.num_layers, model.num_kv_heads, 2), dtype=np.int64)
+    masses = np.zeros((model.num_layers, model.num_heads))
+    rows = np.zeros((model.num_layers, 1), dtype=np.int64)
+    for part in (part for answer in answers for part in answer):
+        layers, first = part["layers"], part["first_head"]
+        # Ranks that share a kv head add up.
+        read = np.stack([part["kept"], part["scored"]], axis=2)
+        start = first // group
+        v_rows[layers, start : start + read.shape[1]] += read
+        kept = np.array(part["kept_mass"])
+        masses[layers, first : first + kept.shape[1]] = kept
+        rows[layers, 0] = part["rows"]
+    with np.errstate(invalid="ignore"):
+        shares = (masses / rows).round(6)
+    shown = [[None if math.isnan(share) else share for share in layer] for layer in shares.tolist()]
+    return {"v_rows": v_rows.tolist(), "kept_mass": shown}
 
 
 def config_of(served: Served) -> dict[str, Any]:
@@ -138,25 +151,23 @@ def config_of(served: Served) -> dict[str, Any]:
     return {
         "model_name": served.model_name,
         "config": served.config.model_dump(mode="json"),
-        "requests_may_ask_for": {
-            "min_k": policy.min_k,
-            "max_k": policy.max_k,
-            "off": policy.allow_off,
-        },
+        "server": asdict(policy.server),
+        "requests_may_ask_for": {**policy.ranges, "off": policy.allow_off},
         "api_servers": getattr(served.args, "api_server_count", None) or 1,
     }
 
 
-def thresholds_of(served: Served) -> dict[str, Any]:
-    """Where the threshold table came from, and what it promises."""
+def thresholds_of(served: Served) -> dict[str, Any] | None:
+    """Where the table came from, and what it knows; None without one."""
     table = served.table
+    if table is None or served.table_path is None:
+        return None
     return {
         "file": served.table_path.name,
         "metadata": table.metadata.model_dump(mode="json"),
-        "levels": table.levels.tolist(),
         "lengths": table.lengths.tolist(),
-        "mean_lost_mass": table.mean_lost_mass.tolist(),
-        "head_k": table.at_k(served.config.k).head_k.tolist(),
+        "log_probs": table.log_probs.tolist(),
+        "mean_kept": table.mean_kept.tolist(),
     }
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_toptheta.config import TopThetaConfig
+from vllm_toptheta.model_identity import ModelIdentity
 from vllm_toptheta.request_options import RequestPolicy
 from vllm_toptheta.thresholds import ThresholdTable
 
@@ -19,16 +20,18 @@ class Served:
         model_name: as clients know it.
         config: the operator's options.
         policy: what requests may ask for.
-        table: thresholds of the model.
-        table_path: the file they came from.
+        model: its sizes.
+        table: of the model; None where it is served without.
+        table_path: the file it came from; None without.
         args: vLLM's command line; None outside of `vllm serve`.
     """
 
     model_name: str
     config: TopThetaConfig
     policy: RequestPolicy
-    table: ThresholdTable
-    table_path: Path
+    model: ModelIdentity
+    table: ThresholdTable | None
+    table_path: Path | None
     args: Namespace | None
 
     def api_keys(self) -> list[str]:

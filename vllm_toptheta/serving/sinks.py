@@ -2,7 +2,9 @@
 
 from typing import NamedTuple
 
+from vllm_toptheta.request_options import NUMBERS
 from vllm_toptheta.serving.served import Served, get_served
+from vllm_toptheta.telemetry.counters import PREFILL
 from vllm_toptheta.telemetry.delivery import add_sink
 from vllm_toptheta.telemetry.live import Live
 from vllm_toptheta.telemetry.prometheus import Metrics
@@ -31,15 +33,19 @@ def get_sinks() -> Sinks:
 
 def info(served: Served) -> dict[str, str]:
     """Options and table, as labels."""
-    config, metadata = served.config, served.table.metadata
-    return {
+    config, targets = served.config, served.policy.server
+    labels = {
         "phases": config.phases,
-        "k": f"{config.k:g}",
-        "prefill_k": f"{config.prefill_k:g}",
         "min_kv_len": str(config.min_kv_len),
         "compensation": str(config.compensation).lower(),
-        "group_size": str(config.group_size),
-        "table": served.table_path.name,
-        "table_model": metadata.identity.name,
-        "table_created": metadata.created,
     }
+    phases = (("", targets.decode, NUMBERS), (PREFILL, targets.prefill, ("min_prob", "k")))
+    for phase, target, names in phases:
+        for name in names:
+            number = getattr(target, name, None)
+            labels[phase + name] = "none" if number is None else f"{number:g}"
+    table = served.table and served.table.metadata
+    labels["table"] = served.table_path.name if served.table_path else "none"
+    labels["table_model"] = table.identity.name if table else "none"
+    labels["table_created"] = table.created if table else "none"
+    return labels

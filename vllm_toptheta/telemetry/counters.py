@@ -4,7 +4,7 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
-from vllm_toptheta.request_options import TargetK
+from vllm_toptheta.request_options import Target, Targets
 
 FIELDS = (
     "rows",
@@ -14,6 +14,8 @@ FIELDS = (
     "v_rows_read",
     "keys_dense",
     "keys_target",
+    "kept_mass",
+    "rows_lifted",
     "dense_short",
     "dense_window",
     "dense_layer",
@@ -24,18 +26,24 @@ FIELDS = (
     "prefill_keys_kept",
     "prefill_v_tiles",
     "prefill_v_tiles_read",
+    "prefill_kept_mass",
 )
 """Columns of all counts. A row is one token in one layer and one query head.
 
 `rows`, `keys_*` and `v_rows_*` cover decode rows, dense ones included; V rows are counted per kv
-head. `keys_dense` are the keys of rows that ran dense, `keys_target` the keys that the other rows
-were meant to keep. `dense_*` counts rows that ran dense by reason: short (at most min_kv_len or k
-keys), window (the layer's window is not larger than k), layer (excluded by an option), off (the
-request asked for it), prefill (prompt tokens). `prefill_*` covers prompt rows that our kernel
-computed, dense ones included; a V tile is a run of 64 keys of one token and kv head, read where any
-query head of the group keeps a key in it."""
+head. `keys_target` are the keys that rows under a k were meant to keep, `keys_dense` those that all
+other rows kept: rows that ran dense, and rows under a min_prob. `kept_mass` is the share of its
+attention that a row's kept keys hold, summed over rows in units of 1 / MASS_UNIT; a dense row has
+one. `rows_lifted` counts rows whose threshold the floor min_mass lowered. `dense_*` counts rows
+that ran dense by reason: short (at most min_kv_len keys), window (the layer's window is not
+larger), layer (excluded by an option), off (the request asked for it), prefill (prompt tokens).
+`prefill_*` covers prompt rows that our kernel computed, dense ones included; a V tile is a run of
+64 keys of one token and kv head, read where any query head of the group keeps a key in it."""
 
-SHOWN = ("rows", "keys_scored", "keys_kept", "v_rows_scored", "v_rows_read")
+MASS_UNIT = 10**6
+"""What a kept share of one counts as: shares add up as integers, and so in any order."""
+
+SHOWN = ("rows", "keys_scored", "keys_kept", "v_rows_scored", "v_rows_read", "rows_lifted")
 SHOWN_PREFILL = (
     "prefill_rows",
     "prefill_keys_scored",
@@ -43,10 +51,14 @@ SHOWN_PREFILL = (
     "prefill_v_tiles",
     "prefill_v_tiles_read",
 )
+PREFILL = "prefill_"
 DENSE_REASONS = tuple(name.removeprefix("dense_") for name in FIELDS if name.startswith("dense_"))
 
 Counts = list[int]
 """One number per column of FIELDS."""
+
+Named = dict[str, int]
+"""The same by name."""
 
 
 def zeros() -> Counts:
@@ -59,50 +71,76 @@ def add(into: Counts, more: Sequence[int]) -> None:
     into[:] = map(operator.add, into, more)
 
 
-def summarise(target: TargetK, counts: Sequence[int]) -> dict[str, Any]:
+def by_name(counts: Sequence[int]) -> Named:
+    """Counts as a mapping."""
+    return dict(zip(FIELDS, counts, strict=True))
+
+
+def summarise(targets: Targets, counts: Sequence[int]) -> dict[str, Any]:
     """Turn counts into the object a response shows.
 
     Args:
-        target: mean keys the rows were to keep.
+        targets: what the rows ran with.
         counts: columns as in FIELDS.
     """
-    named = dict(zip(FIELDS, counts, strict=True))
+    named, decode = by_name(counts), targets.decode
     return {
-        "k": target.decode,
+        "k": decode and decode.k,
+        "min_prob": decode and decode.min_prob,
+        "min_mass": decode and decode.min_mass,
         **{name: named[name] for name in SHOWN},
-        "kept_fraction": ratio(named["keys_kept"], named["keys_scored"]),
+        **_ratios(named),
         "v_row_reduction": ratio(named["v_rows_scored"], named["v_rows_read"]),
-        "target_ratio": target_ratio(counts),
-        "prefill": _prefill(target.prefill, named),
+        "target_ratio": target_ratio(named),
+        "prefill": _prefill(targets.prefill, named),
         "dense_rows": {reason: named[f"dense_{reason}"] for reason in DENSE_REASONS},
     }
 
 
-def _prefill(k: float | None, named: dict[str, int]) -> dict[str, Any] | None:
+def _prefill(target: Target | None, named: Named) -> dict[str, Any] | None:
     """What was counted of prompt rows; None where nobody counted them."""
     if not named["prefill_rows"]:
         return None
-    shown: dict[str, Any] = {"k": k}
-    shown |= {name.removeprefix("prefill_"): named[name] for name in SHOWN_PREFILL}
-    shown["kept_fraction"] = ratio(named["prefill_keys_kept"], named["prefill_keys_scored"])
-    shown["v_tiles_skipped"] = named["prefill_v_tiles"] - named["prefill_v_tiles_read"]
-    return shown
+    return {
+        "k": target and target.k,
+        "min_prob": target and target.min_prob,
+        **{name.removeprefix(PREFILL): named[name] for name in SHOWN_PREFILL},
+        **_ratios(named, PREFILL),
+        "v_tiles_skipped": named["prefill_v_tiles"] - named["prefill_v_tiles_read"],
+    }
+
+
+def _ratios(named: Named, phase: str = "") -> dict[str, float | None]:
+    """What rows kept of their keys, and of their attention."""
+    return {
+        "kept_fraction": ratio(named[f"{phase}keys_kept"], named[f"{phase}keys_scored"]),
+        "kept_mass": kept_mass(named, phase),
+    }
+
+
+def kept_mass(named: Named, phase: str = "") -> float | None:
+    """Mean share of their attention that rows kept.
+
+    Args:
+        named: counts by name.
+        phase: "" for decode rows, PREFILL for prompt rows.
+    """
+    return ratio(named[f"{phase}kept_mass"], MASS_UNIT * named[f"{phase}rows"])
 
 
 def summarise_layers(layers: Sequence[Sequence[int]]) -> dict[str, list[Any]]:
     """Turn the counts of every layer into arrays, one entry per layer."""
-    shown: dict[str, list[Any]] = {
-        name: [counts[FIELDS.index(name)] for counts in layers] for name in SHOWN
-    }
-    pairs = zip(shown["keys_kept"], shown["keys_scored"], strict=True)
-    shown["kept_fraction"] = [ratio(kept, scored) for kept, scored in pairs]
-    shown["target_ratio"] = [target_ratio(counts) for counts in layers]
-    return shown
+    shown = [
+        {name: named[name] for name in SHOWN}
+        | _ratios(named)
+        | {"target_ratio": target_ratio(named)}
+        for named in map(by_name, layers)
+    ]
+    return {name: [line[name] for line in shown] for name in shown[0]}
 
 
-def target_ratio(counts: Sequence[int]) -> float | None:
-    """Keys kept by rows that were pruned, over the keys they were meant to keep."""
-    named = dict(zip(FIELDS, counts, strict=True))
+def target_ratio(named: Named) -> float | None:
+    """Keys kept by rows under a k, over the keys they were meant to keep."""
     return ratio(named["keys_kept"] - named["keys_dense"], named["keys_target"])
 
 

@@ -10,9 +10,9 @@ task that serves it; request ids, which clients may choose and repeat, play no p
 import functools
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-from vllm_toptheta.request_options import RequestOptions, TargetK
+from vllm_toptheta.request_options import Targets
 from vllm_toptheta.telemetry.carrier import KEY
 from vllm_toptheta.telemetry.counters import (
     Counts,
@@ -32,8 +32,8 @@ class Choice:
     Attributes:
         request_id: as given to the engine; ends in "-<number of the prompt>" for completions.
         index: which of the n sequences of its prompt.
-        options: what the request asked for.
-        target: mean keys its rows keep.
+        setting: the class of the request, a label of the metrics.
+        targets: what its rows run with.
         counts: so far, columns as in FIELDS.
         layers: the same for each layer, where the request asked for it.
         finished: whether the last token has been seen.
@@ -41,15 +41,15 @@ class Choice:
 
     request_id: str
     index: int
-    options: RequestOptions
-    target: TargetK
+    setting: str
+    targets: Targets
     counts: Counts = field(default_factory=zeros)
     layers: list[Counts] | None = None
     finished: bool = False
 
     def show(self) -> dict[str, Any]:
         """The object a response carries."""
-        shown = summarise(self.target, self.counts)
+        shown = summarise(self.targets, self.counts)
         if self.layers is not None:
             shown["layers"] = summarise_layers(self.layers)
         return shown
@@ -67,7 +67,7 @@ def show_all(choices: list[Choice]) -> dict[str, Any] | None:
     for choice in choices:
         add(total, choice.counts)
     entries = [{"index": index, **choice.show()} for index, choice in enumerate(choices)]
-    return {**summarise(choices[0].target, total), "choices": entries}
+    return {**summarise(choices[0].targets, total), "choices": entries}
 
 
 @dataclass
@@ -81,8 +81,8 @@ CURRENT: ContextVar[Collector | None] = ContextVar("toptheta_collector", default
 """The HTTP request that is being served."""
 
 
-class Sink(Protocol):
-    """Where counts go; see `prometheus.py`."""
+class Sink:
+    """Where counts go; takes what it has a method for, and ignores the rest."""
 
     def counted(self, engine: int, counts: Counts) -> None:
         """New counts of a request, told once."""
@@ -102,7 +102,7 @@ class Sink(Protocol):
 
 _sinks: list[Sink] = []
 _ATTRIBUTE, _OVER_HTTP, _CHOICES = "toptheta_choice", "toptheta_over_http", "toptheta_choices"
-_SERVER = "toptheta_server"
+_RESOLVED = "toptheta_resolved"
 
 
 def add_sink(sink: Sink) -> None:
@@ -116,17 +116,23 @@ def report(choices: list[Choice]) -> None:
         _tell("reported", choice.counts)
 
 
-def install_on_output_processor(server: TargetK) -> None:
-    """Make vLLM's output processor take counts out of engine outputs.
-
-    Wraps once; another call says what the engine keeps that was configured last.
+def resolve(request: Any, setting: str, targets: Targets) -> None:
+    """Note what a request runs with, for its choices; processes have several engines.
 
     Args:
-        server: mean keys that rows keep where their request does not say.
+        request: vLLM's `EngineCoreRequest`, before it is given to the output processor.
+        setting: the class of the request.
+        targets: what its rows run with.
     """
+    if request.sampling_params is not None:
+        vars(request.sampling_params)[_RESOLVED] = (setting, targets)
+
+
+def install_on_output_processor() -> None:
+    """Make vLLM's output processor take counts out of engine outputs; does nothing the second
+    time."""
     from vllm.v1.engine.output_processor import OutputProcessor
 
-    setattr(OutputProcessor, _SERVER, server)
     methods = {"add_request": "request", "process_outputs": "engine_core_outputs"}
     lost = "responses and metrics show nothing of what was pruned"
     if not can_wrap(OutputProcessor, methods, lost):
@@ -162,9 +168,11 @@ def _open(processor: Any, request: Any) -> None:
     state = processor.request_states.get(request.request_id)
     if state is None or hasattr(state, _ATTRIBUTE) or request.sampling_params is None:
         return
-    options = RequestOptions.parse(request.sampling_params.extra_args)
-    target = getattr(processor, _SERVER).of(options)
-    choice = Choice(state.external_req_id, state.request_index, options, target)
+    # Those of a sequence among n are a copy, without what was noted.
+    params = (state.parent_req or request).sampling_params
+    if (resolved := vars(params).get(_RESOLVED)) is None:
+        return  # of another engine in this process, with another backend
+    choice = Choice(state.external_req_id, state.request_index, *resolved)
     setattr(state, _ATTRIBUTE, choice)
     collector = CURRENT.get()
     if collector is not None:

@@ -11,15 +11,16 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from vllm_toptheta.telemetry.counters import (
     DENSE_REASONS,
-    FIELDS,
+    PREFILL,
     SHOWN,
     SHOWN_PREFILL,
     Counts,
     add,
+    by_name,
+    target_ratio,
     zeros,
 )
-from vllm_toptheta.telemetry.counters import target_ratio as achieved_over_target
-from vllm_toptheta.telemetry.delivery import Choice
+from vllm_toptheta.telemetry.delivery import Choice, Sink
 from vllm_toptheta.telemetry.shield import listeners
 
 PREFIX = "vllm_toptheta_"
@@ -28,6 +29,7 @@ DRIFT_WINDOW = 64
 
 _LABELS = ("model_name", "engine")
 _FRACTIONS = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
+_MASSES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99, 1)
 _RATIOS = (0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 1, 1.05, 1.1, 1.2, 1.3, 1.5, 2, 3, 5)
 _HELP = {
     "rows": "Decode rows: one token in one layer and one query head",
@@ -35,12 +37,16 @@ _HELP = {
     "keys_kept": "Keys that decode rows kept",
     "v_rows_scored": "V rows that dense attention would have read, per kv head",
     "v_rows_read": "V rows that were read, per kv head",
+    "rows_lifted": "Decode rows that the floor min_mass made keep more",
     "prefill_rows": "Prompt rows that Top-theta's kernel computed, as decode rows",
     "prefill_keys_scored": "Keys that these prompt rows scored",
     "prefill_keys_kept": "Keys that these prompt rows kept",
     "prefill_v_tiles": "V tiles, 64 keys of one prompt token and kv head, read by dense rows",
     "prefill_v_tiles_read": "V tiles that were read",
 }
+
+
+_REPORTED = (*SHOWN, *SHOWN_PREFILL, *(f"dense_{reason}" for reason in DENSE_REASONS))
 
 
 class Drift:
@@ -61,11 +67,11 @@ class Drift:
         for layers in self._letters:
             for total, counts in zip(totals, layers, strict=True):
                 add(total, counts)
-        return [achieved_over_target(total) for total in totals]
+        return [target_ratio(by_name(total)) for total in totals]
 
 
-class Metrics:
-    """All series; a sink of `delivery.py`."""
+class Metrics(Sink):
+    """All series."""
 
     def __init__(self, model_name: str, info: dict[str, str], registry: Any = None) -> None:
         """Create the series.
@@ -81,6 +87,11 @@ class Metrics:
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(PREFIX + name, text, [*_LABELS, *labels], **options)
 
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            made = Histogram(PREFIX + name, text, _LABELS, buckets=buckets, **options)
+            made.labels(model_name, "0")  # a rate misses the first observation of a new series
+            return made
+
         self._shown = {name: counter(name, _HELP[name]) for name in (*SHOWN, *SHOWN_PREFILL)}
         self._dense = counter("dense_rows", "Rows that ran without pruning, by reason", "reason")
         self._reported = counter(
@@ -90,23 +101,23 @@ class Metrics:
         )
         self._errors = counter("telemetry_errors", "Exceptions in telemetry, by process", "place")
         self._requests = counter("requests", "Sequences by what they asked for", "setting")
-        self._kept = Histogram(
-            PREFIX + "request_kept_fraction",
-            "Kept over scored keys of a sequence",
-            _LABELS,
-            buckets=_FRACTIONS,
-            **options,
+        self._kept = histogram(
+            "request_kept_fraction", "Kept over scored keys of a sequence", _FRACTIONS
         )
-        self._ratio = Histogram(
-            PREFIX + "request_target_ratio",
-            "Kept keys of pruned rows of a sequence over the keys they were meant to keep",
-            _LABELS,
-            buckets=_RATIOS,
-            **options,
+        self._mass = histogram(
+            "kept_mass", "Mean share of their attention that rows of a sequence kept", _MASSES
+        )
+        self._prompt_mass = histogram(
+            PREFILL + "kept_mass", "The same of its prompt rows, where prompts are pruned", _MASSES
+        )
+        self._ratio = histogram(
+            "request_target_ratio",
+            "Kept keys of a sequence's rows under a k over the keys they were meant to keep",
+            _RATIOS,
         )
         self._drift = Gauge(
             PREFIX + "layer_target_ratio",
-            "Kept keys of pruned rows of a layer, recently, over the keys they were meant to keep",
+            "Kept keys of a layer's rows under a k, recently, over the keys they were to keep",
             [*_LABELS, "layer"],
             multiprocess_mode="mostrecent",
             **options,
@@ -131,14 +142,13 @@ class Metrics:
             self._dense.labels(self._model, "0", reason)
         for place in ("worker", "engine", "server"):
             self._errors.labels(self._model, "0", place)
-        for setting in ("default", "k", "off"):
+        for setting in ("default", "k", "min_prob", "off"):
             self._requests.labels(self._model, "0", setting)
-        for name in (*SHOWN, *SHOWN_PREFILL, *(f"dense_{reason}" for reason in DENSE_REASONS)):
+        for name in _REPORTED:
             self._reported.labels(self._model, "0", name)
 
     def counted(self, engine: int, counts: Counts) -> None:
-        """See `delivery.Sink`."""
-        named = dict(zip(FIELDS, counts, strict=True))
+        named = by_name(counts)
         for name, series in self._shown.items():
             if named[name]:
                 series.labels(self._model, str(engine)).inc(named[name])
@@ -147,7 +157,6 @@ class Metrics:
                 self._dense.labels(self._model, str(engine), reason).inc(value)
 
     def layers_counted(self, engine: int, layers: list[Counts]) -> None:
-        """See `delivery.Sink`."""
         drift = self._drifts.setdefault(engine, Drift())
         drift.add(layers)
         for layer, ratio in enumerate(drift.ratios()):
@@ -155,23 +164,24 @@ class Metrics:
                 self._drift.labels(self._model, str(engine), str(layer)).set(ratio)
 
     def failed(self, engine: int, failures: dict[str, int]) -> None:
-        """See `delivery.Sink`."""
         for place, count in failures.items():
             self._errors.labels(self._model, str(engine), place).inc(count)
 
     def finished(self, choice: Choice, engine: int) -> None:
-        """See `delivery.Sink`."""
-        self._requests.labels(self._model, str(engine), choice.options.setting).inc()
+        self._requests.labels(self._model, str(engine), choice.setting).inc()
         shown = choice.show()
-        if shown["kept_fraction"] is not None:
-            self._kept.labels(self._model, str(engine)).observe(shown["kept_fraction"])
-        if shown["target_ratio"] is not None:
-            self._ratio.labels(self._model, str(engine)).observe(shown["target_ratio"])
+        for series, value in (
+            (self._kept, shown["kept_fraction"]),
+            (self._mass, shown["kept_mass"]),
+            (self._prompt_mass, shown["prefill"] and shown["prefill"]["kept_mass"]),
+            (self._ratio, shown["target_ratio"]),
+        ):
+            if value is not None:
+                series.labels(self._model, str(engine)).observe(value)
 
     def reported(self, counts: Counts) -> None:
-        """See `delivery.Sink`."""
-        named = dict(zip(FIELDS, counts, strict=True))
-        for name in (*SHOWN, *SHOWN_PREFILL, *(f"dense_{reason}" for reason in DENSE_REASONS)):
+        named = by_name(counts)
+        for name in _REPORTED:
             if named[name]:
                 self._reported.labels(self._model, "0", name).inc(named[name])
 

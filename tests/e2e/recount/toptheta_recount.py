@@ -14,11 +14,11 @@ from typing import Any
 
 def register() -> None:
     """Replace the kernel before the backend imports it, and break telemetry where asked for."""
-    from vllm_toptheta.kernels import api
+    from vllm_toptheta.kernels import ops
 
-    if hasattr(api.decode_attention, "original"):
+    if hasattr(ops.decode_attention, "original"):
         return
-    original = api.decode_attention
+    original = ops.decode_attention
     runners: list[Any] = []
     lines: list[Any] = []
 
@@ -33,12 +33,13 @@ def register() -> None:
         if len(request_ids) < len(seq_lens):  # warm-up
             return result
         rows = [
-            [name, seen, kept, read, dense]
-            for name, seen, kept, read, dense in zip(
+            list(row)
+            for row in zip(
                 request_ids,
                 seq_lens.tolist(),
                 kwargs["num_kept"].tolist(),
-                kwargs["v_rows_read"].tolist(),
+                kwargs["kept_mass"].tolist(),
+                kwargs["lifts"].tolist(),
                 kwargs["dense"].tolist(),
                 strict=False,
             )
@@ -47,7 +48,7 @@ def register() -> None:
         return result
 
     decode_attention.original = original  # type: ignore[attr-defined]
-    api.decode_attention = decode_attention
+    ops.decode_attention = decode_attention
     _break_on_demand()
 
 

@@ -1,0 +1,1 @@
+"""CPU kernels: C++ in src/, how it is compiled (build.py) and called (native.py, prefill.py)."""

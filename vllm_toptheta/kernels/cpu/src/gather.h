@@ -1,0 +1,201 @@
+// The second half of a row: the kept V rows as one list with known weights, then the stored means for what was lost.
+#pragma once
+
+#include "select.h"
+
+namespace topt {
+
+constexpr float kOne = 1.0f;
+
+template <class T>
+class Gather {
+ public:
+  static size_t bytes(const Geometry<T>& g) {
+    const size_t rows = chunk_rows(g);
+    return 2 * (Arena::bytes_for<const T*>(rows) + Arena::bytes_for<const char*>(max_lines(g)) +
+                Arena::bytes_for<float>(g.G * rows));
+  }
+
+  // acc: [G][D], written in the order of Elem<T>::load16, or of Wide<T>::load32.
+  Gather(const Row<T>& row, Arena& arena, float* acc)
+      : row(row), g(row.geometry), acc(acc), limit(chunk_rows(g)), row_lines(lines_of(g)), line_limit(max_lines(g)) {
+    for (Chunk& c : chunks) {
+      c.rows = arena.take<const T*>(limit);
+      c.lines = arena.take<const char*>(line_limit);
+      c.list_weights = arena.take<float>(static_cast<size_t>(g.G) * limit);
+    }
+    std::fill_n(acc, static_cast<size_t>(g.G) * g.D, 0.0f);
+  }
+
+  // Groups [begin, end) of the row.
+  void run(int begin, int end) {
+    begin = std::max(begin, row.groups.begin);
+    end = std::min(end, row.groups.end);
+    for (int i = begin; i < end; i++) {
+      if (!row.mask[i]) continue;
+      if (row.reads_whole(i))
+        add_run(i);
+      else
+        add_rows(i);
+    }
+    if (row.reads_means) add_means(std::max(begin, row.whole.begin), std::min(end, row.whole.end));
+    flip();
+    flip();
+  }
+
+ private:
+  // V rows that are prefetched while those before them are added: a list, or a run.
+  struct Chunk {
+    const T** rows;
+    const char** lines;      // of the rows, in address order
+    float* list_weights;     // [G][limit]
+    const T* run = nullptr;  // a list where it is null
+    RowWeights weights;
+    int n = 0, num_lines = 0;
+  };
+
+  static constexpr int kLine = 64 / static_cast<int>(sizeof(T));  // elements
+
+  const Row<T>& row;
+  const Geometry<T>& g;
+  float* acc;
+  const int limit, row_lines, line_limit;
+  Chunk chunks[2];
+  int filling = 0;
+
+  // Rows of a chunk: what stays in L1 beside the next one.
+  static int chunk_rows(const Geometry<T>& g) {
+    return std::max<int>(kChunkBytes / (g.D * static_cast<int>(sizeof(T))) & ~7, 8);
+  }
+  static int lines_of(const Geometry<T>& g) { return (g.D + kLine - 1) / kLine; }
+  static int max_lines(const Geometry<T>& g) { return chunk_rows(g) * lines_of(g) + 16; }
+
+  static const char* bytes(const T* p) { return reinterpret_cast<const char*>(p); }
+
+  // Adds the chunk before the one that was being filled, and starts the next one.
+  void flip() {
+    Chunk &next = chunks[filling], &now = chunks[filling ^ 1];
+    if (now.n)
+      add(now, next);
+    else
+      for (int r = 0; r < next.n; r++)
+        for (int d = 0; d < g.D; d += kLine) prefetch(bytes((next.run ? next.run + r * g.D : next.rows[r]) + d));
+    now.n = now.num_lines = 0;
+    now.run = nullptr;
+    filling ^= 1;
+  }
+
+  void add(Chunk& now, Chunk& next) {
+    const bool run = now.run && next.run;
+    if (!run) {
+      list(now);
+      list(next);
+      for (int i = next.num_lines; i < line_limit; i++) next.lines[i] = bytes(now.rows[0]);
+    }
+    g.for_tiles([&](int g0, auto heads) {
+      constexpr int GT = decltype(heads)::value;
+      RowWeights w = now.weights;
+      w.p += static_cast<size_t>(g0) * w.p_stride;
+      w.factor += static_cast<size_t>(g0) * w.factor_stride;
+      float* sums = acc + static_cast<size_t>(g0) * g.D;
+      const RowRun<T> rows{now.run, g.D};
+      const RowList<T> rows_list{now.rows};
+      if (run)
+        g0 == 0 ? add_tile<GT>(rows, now.n, w, sums, LineRun{bytes(next.run)}) : add_tile<GT>(rows, now.n, w, sums, NoLines{});
+      else
+        g0 == 0 ? add_tile<GT>(rows_list, now.n, w, sums, LineList{next.lines})
+                : add_tile<GT>(rows_list, now.n, w, sums, NoLines{});
+    });
+  }
+
+  template <int GT, class Rows, class Lines>
+  void add_tile(Rows rows, int n, const RowWeights& w, float* sums, Lines ahead) const {
+    if constexpr (GT <= kMaxTileHeads)
+      if (!g.wide) return value_chunk<T, GT>(rows, g.D, n, w, sums, ahead);
+    value_chunk_avx512<T, GT>(rows, g.D, n, w, sums, ahead);
+  }
+
+  void push(Chunk& c, const T* v) const {
+    c.rows[c.n++] = v;
+    const __m256i four = _mm256_setr_epi64x(0, 64, 128, 192);
+    for (int line = 0; line < row_lines; line += 4)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(c.lines + c.num_lines + line),
+                          _mm256_add_epi64(_mm256_set1_epi64x(reinterpret_cast<int64_t>(bytes(v) + 64 * line)), four));
+    c.num_lines += row_lines;
+  }
+
+  // A run beside a list is read as one.
+  void list(Chunk& c) const {
+    if (!c.run) return;
+    const int n = c.n;
+    for (c.n = 0; c.n < n;) push(c, c.run + static_cast<size_t>(c.n) * g.D);
+    c.run = nullptr;
+  }
+
+  void add_rows(int i) {
+    const auto [block, in_block] = g.locate(i);
+    const T* v = row.v_row(block, in_block * g.group_size);
+    const float *p = row.p_of_group(i), *scale = row.scale + i;
+    int slots[64], n = 0;
+    for (uint64_t bits = row.mask[i]; bits; bits &= bits - 1) slots[n++] = __builtin_ctzll(bits);
+    for (int done = 0; done < n;) {
+      Chunk& c = chunks[filling];
+      const int* some = slots + done;
+      const int count = std::min(limit - c.n, n - done);
+      for (int h = 0; h < g.G; h++) {
+        const float *from = p + static_cast<size_t>(h) * g.B, factor = scale[static_cast<size_t>(h) * row.stride];
+        float* to = c.list_weights + h * limit + c.n;
+        for (int j = 0; j < count; j++) to[j] = from[some[j]] * factor;
+      }
+      c.weights = {c.list_weights, &kOne, limit, 0};
+      for (int j = 0; j < count; j++) push(c, v + static_cast<size_t>(some[j]) * g.D);
+      if (c.n == limit) flip();
+      done += count;
+    }
+  }
+
+  // All V rows of a group. What the others have lost is spread over them, which is the same as adding their mean.
+  void add_run(int i) {
+    const auto [block, in_block] = g.locate(i);
+    const int size = g.group_size;
+    const bool full = !row.reads_means && row.mask[i] == ~uint64_t{0} >> (64 - size);
+    float* p = row.p_of_group(i);
+    if (!full) weigh(i, p);
+    if (chunks[filling].n) flip();
+    for (int r = 0; r < size; r += limit) {
+      Chunk& c = chunks[filling];
+      c.run = row.v_row(block, in_block * size + r);
+      c.weights = {p + r, full ? row.scale + i : &kOne, g.B, full ? row.stride : 0};
+      c.n = std::min(limit, size - r);
+      flip();
+    }
+  }
+
+  // Exponentials of a group to weights.
+  void weigh(int i, float* p) const {
+    alignas(32) float lanes[64];
+    for (int t = 0; t < g.group_size; t += 8) _mm256_store_ps(lanes + t, lanes_of(row.mask[i] >> t));
+    for (int h = 0; h < g.G; h++, p += g.B) {
+      const size_t at = static_cast<size_t>(h) * row.stride + i;
+      const __m256 scale = _mm256_set1_ps(row.scale[at]);
+      const __m256 add = _mm256_set1_ps(row.reads_means ? row.limit[at] / g.group_size : 0);
+      for (int t = 0; t < g.group_size; t += 8) {
+        const __m256 kept = _mm256_and_ps(_mm256_load_ps(lanes + t), _mm256_load_ps(p + t));
+        _mm256_store_ps(p + t, _mm256_fmadd_ps(scale, kept, add));
+      }
+    }
+  }
+
+  void add_means(int begin, int end) {
+    for (int i = begin; i < end; i++) {
+      if (row.mask[i] && row.reads_whole(i)) continue;
+      Chunk& c = chunks[filling];
+      for (int h = 0; h < g.G; h++) c.list_weights[h * limit + c.n] = row.limit[static_cast<size_t>(h) * row.stride + i];
+      c.weights = {c.list_weights, &kOne, limit, 0};
+      push(c, row.mean(i));
+      if (c.n == limit) flip();
+    }
+  }
+};
+
+}  // namespace topt

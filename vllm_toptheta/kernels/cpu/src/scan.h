@@ -1,0 +1,120 @@
+// The first half of a row: K once, in address order, for the scores, and per group of tokens the largest one and the
+// exponentials relative to it. Nothing here depends on other pages, so rows may be cut anywhere.
+#pragma once
+
+#include "row.h"
+
+namespace topt {
+
+template <class T>
+class Scan {
+ public:
+  static size_t bytes(const Geometry<T>& g) {
+    return Arena::bytes_for<float>(static_cast<size_t>(g.G) * g.D) + 2 * Arena::bytes_for<float>(padded_groups(g));
+  }
+
+  Scan(const Row<T>& row, Arena& arena)
+      : row(row),
+        g(row.geometry),
+        a(g.a),
+        q(arena.take<float>(static_cast<size_t>(g.G) * g.D)),
+        max(arena.take<float>(padded_groups(g))),
+        sum(arena.take<float>(padded_groups(g))) {
+    const T* query = static_cast<const T*>(a.query) + row.seq * a.query_stride + size_t(row.kv_head) * g.G * g.D;
+    const float scale = a.soft_cap > 0 ? a.sm_scale / a.soft_cap : a.sm_scale * kLog2E;
+    g.for_tiles([&](int g0, auto heads) {
+      for (int h = 0; h < heads; h++)
+        for (int d = 0; d < g.D; d += 16) {
+          alignas(32) float x[16];
+          __m256 lo, hi;
+          load16_natural(query + static_cast<size_t>(g0 + h) * g.D + d, lo, hi);
+          _mm256_store_ps(x, lo);
+          _mm256_store_ps(x + 8, hi);
+          for (int i = 0; i < 16; i++) q[static_cast<size_t>(g0) * g.D + (d + i) * heads + h] = x[i] * scale;
+        }
+    });
+  }
+
+  // Blocks [begin, end) of the row.
+  void run(int begin, int end) const {
+    for (int b = begin; b < end; b++) {
+      const int at = (row.first_block + b) * g.B;
+      const Span visible = {std::max(row.visible.begin - at, 0), std::min(row.visible.end - at, g.B)};
+      const char* next = reinterpret_cast<const char*>(row.page(b + 1 < end ? b + 1 : b));
+      score(b, visible, next);
+      finish(b, visible, next + kChunkBytes);
+    }
+  }
+
+ private:
+  const Row<T>& row;
+  const Geometry<T>& g;
+  const ToptDecodeArgs& a;
+  float* q;            // tiles of [D][tile heads]
+  float *max, *sum;    // [G][groups of a page]
+
+  static int padded_groups(const Geometry<T>& g) { return (g.G * g.groups_per_block + 7) & ~7; }
+
+  // Scores of all heads with the visible keys of a page. K is cut into chunks that stay in L1 while all heads use
+  // them; the first tile of heads prefetches the chunk that follows, or the one behind it for AVX-512, which is done
+  // with a chunk before the next one can arrive.
+  void score(int block, const Span& visible, const char* after) const {
+    const T* k = row.page(block);
+    const int D = g.D, B = g.B, unit = g.wide ? 32 : 16;
+    const int begin = visible.begin & -unit, end = (visible.end + unit - 1) & -unit;
+    const int chunks = std::max<int>((static_cast<size_t>(D) * B * sizeof(T) + kChunkBytes - 1) / kChunkBytes, 1);
+    const int step = ((D + chunks - 1) / chunks + 1) & ~1;
+    for (int d = 0; d < D; d += step) {
+      const int dims = std::min(step, D - d);
+      const bool first = d == 0, last = d + dims == D;
+      const T* chunk = k + static_cast<size_t>(d) * B;
+      const int later = d + (g.wide ? 2 : 1) * step;
+      const char* ahead = later < D ? reinterpret_cast<const char*>(k + static_cast<size_t>(later) * B)
+                                    : after + static_cast<size_t>(later - D) * B * sizeof(T);
+      g.for_tiles([&](int g0, auto heads) {
+        constexpr int GT = decltype(heads)::value;
+        const float* tile_q = q + static_cast<size_t>(g0) * D + static_cast<size_t>(d) * GT;
+        float* s = row.p_of(block, g0);
+        if constexpr (GT <= kMaxTileHeads)
+          if (!g.wide) {
+            (g0 == 0 ? score_chunk<T, GT, true> : score_chunk<T, GT, false>)(chunk, B, tile_q, dims, first, last, s, B,
+                                                                             begin, end, ahead);
+            return;
+          }
+        (g0 == 0 ? score_chunk_avx512<T, GT, true> : score_chunk_avx512<T, GT, false>)(
+            chunk, B, tile_q, dims, first, last, s, B, begin, end, ahead);
+      });
+    }
+  }
+
+  // From scores to exponentials, a group at a time.
+  void finish(int block, const Span& visible, const char* ahead) const {
+    float* s = row.p_of(block, 0);
+    for (int h = 0; h < g.G; h++) {
+      float* of_head = s + static_cast<size_t>(h) * g.B;
+      if (a.soft_cap > 0) apply_soft_cap(of_head, visible.begin & ~15, (visible.end + 15) & ~15, a.soft_cap * kLog2E);
+      // Slots outside the row may hold anything, NaN included.
+      std::fill(of_head, of_head + visible.begin, -INFINITY);
+      std::fill(of_head + visible.end, of_head + g.B, -INFINITY);
+    }
+    exponentials()(s, g.G * g.groups_per_block, max, sum, ahead);
+    const int first = visible.begin / g.group_size, end = (visible.end + g.group_size - 1) / g.group_size;
+    for (int h = 0; h < g.G; h++) {
+      const size_t to = static_cast<size_t>(h) * row.stride + block * g.groups_per_block;
+      for (int i = first; i < end; i++) {
+        row.max[to + i] = max[h * g.groups_per_block + i];
+        row.sum[to + i] = sum[h * g.groups_per_block + i];
+      }
+    }
+  }
+
+  auto exponentials() const {
+    switch (g.group_size) {
+      case 16: return group_exponentials<16>;
+      case 32: return g.wide ? group_exponentials_avx512<32> : group_exponentials<32>;
+      default: return g.wide ? group_exponentials_avx512<64> : group_exponentials<64>;
+    }
+  }
+};
+
+}  // namespace topt

@@ -1,0 +1,2 @@
+"""Top-theta attention on GPUs, in Triton: the contract of `kernels.ops` for caches as GPUs hold
+them."""

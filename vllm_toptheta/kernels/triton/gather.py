@@ -1,0 +1,347 @@
+"""Step four of the decode kernels: V rows of the keys that are kept, and the stored means of groups
+that lose mass, summed per split of a row. Dense rows take an ordinary online softmax here."""
+
+# Arguments of jit functions have no Python types.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+
+import triton
+import triton.language as tl
+
+from vllm_toptheta.kernels.layout import NUM_WEIGHTS as _NUM_WEIGHTS
+from vllm_toptheta.kernels.triton.rows import (
+    LEVELS_PADDED,
+    LONG_GROUP,
+    _always_kept,
+    _chosen_level,
+    _find_tile,
+    _load_query,
+    _load_state,
+    _long_range,
+    _tile_range,
+)
+from vllm_toptheta.kernels.triton.tiles import (
+    GROUPS_PADDED,
+    LOG2E,
+    _dot_means,
+    _load_rows,
+    _log2_scores,
+)
+
+NUM_WEIGHTS = tl.constexpr(_NUM_WEIGHTS)
+
+
+@triton.jit
+def _sum_means(
+    query,
+    group_max_ptr,
+    group_sum_ptr,
+    rows,
+    max_groups,
+    lse,
+    is_head,
+    on_short,
+    on_long,
+    means_ptr,
+    block_table_ptr,
+    long_begin,
+    long_end,
+    begin,
+    seq_len,
+    means_block_stride,
+    means_group_stride,
+    HEADS_PADDED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+):
+    """Stored means of a split's whole groups.
+
+    Args:
+        group_max_ptr, group_sum_ptr: of groups with kept keys, lse and the mass that is lost.
+        on_short, on_long: [heads], weights of a short group's mean and of a long one's.
+
+    Returns:
+        Their weighted sum [heads, DIM_PADDED], and their plain sum [DIM_PADDED].
+    """
+    PER_LONG: tl.constexpr = LONG_GROUP // GROUP_SIZE
+    column = tl.arange(0, GROUPS_PADDED)
+    acc = tl.zeros([HEADS_PADDED, DIM_PADDED], tl.float32)
+    total = tl.zeros([DIM_PADDED], tl.float32)
+    for first in range(long_begin * PER_LONG, long_end * PER_LONG, GROUPS_PADDED):
+        group = first + column
+        start = group * GROUP_SIZE
+        whole = (group < long_end * PER_LONG) & (start >= begin) & (start + GROUP_SIZE <= seq_len)
+        mask = is_head[:, None] & whole[None, :]
+        place = (rows * max_groups)[:, None] + group[None, :]
+        top = tl.load(group_max_ptr + place, mask=mask, other=float("-inf"))
+        mass = tl.load(group_sum_ptr + place, mask=mask, other=0.0)
+        lost = mass * tl.exp2(top - lse[:, None])
+        weights = on_short[:, None] * lost
+        for index in tl.static_range(GROUPS_PADDED // PER_LONG):
+            within = whole & (column // PER_LONG == index)
+            count = tl.maximum(tl.sum(within.to(tl.int32), 0), 1)
+            share = on_long * tl.sum(tl.where(within[None, :], lost, 0.0), 1) / count
+            weights += tl.where(within[None, :], share[:, None], 0.0)
+        block = tl.load(block_table_ptr + start // BLOCK_SIZE, mask=whole, other=0)
+        means = _load_rows(
+            means_ptr,
+            block,
+            start % BLOCK_SIZE // GROUP_SIZE,
+            whole,
+            means_block_stride,
+            means_group_stride,
+            HEAD_DIM,
+            DIM_PADDED,
+        )
+        acc = _dot_means(weights, means, acc, query)
+        total += tl.sum(means.to(tl.float32), 0)
+    return acc, total
+
+
+# What varies from step to step, or between layers, is not specialised: a new value would mean a
+# new binary while requests wait.
+@triton.jit(
+    do_not_specialize=["window", "block_table_stride"],
+    do_not_specialize_on_alignment=[
+        "block_table_ptr",
+        "seq_lens_ptr",
+        "dense_ptr",
+        "min_mass_ptr",
+        "weights_ptr",
+        "k_scale_ptr",
+    ],
+)
+def _gather_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    means_ptr,
+    block_table_ptr,
+    seq_lens_ptr,
+    dense_ptr,
+    min_mass_ptr,
+    weights_ptr,
+    k_scale_ptr,
+    group_max_ptr,
+    group_sum_ptr,
+    state_ptr,
+    best_tile_ptr,
+    levels_ptr,
+    mass_ptr,
+    tiles_ptr,
+    starts_ptr,
+    acc_ptr,
+    on_means_ptr,
+    mean_sum_ptr,
+    softmax_ptr,
+    kept_ptr,
+    sm_scale,
+    soft_cap,
+    window,
+    max_groups,
+    query_stride,
+    block_table_stride,
+    key_block_stride,
+    key_head_stride,
+    key_slot_stride,
+    means_block_stride,
+    means_head_stride,
+    means_group_stride,
+    HEADS: tl.constexpr,
+    HEADS_PADDED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    MIN_TILES: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    """One split of a row for one kv head.
+
+    Value pointers share the key's strides: K and V are halves of the same rows. Probabilities are
+    shares of all keys' mass; a sink's part comes in at the end.
+    """
+    kv_head = tl.program_id(0)
+    split = tl.program_id(1)
+    seq = tl.program_id(2).to(tl.int64)
+    num_splits = tl.num_programs(1)
+    seq_len = tl.load(seq_lens_ptr + seq)
+    is_dense = tl.load(dense_ptr + seq) != 0
+    begin, tile_begin, tile_end = _tile_range(seq_len, window, split, num_splits, TILE, MIN_TILES)
+    _, long_begin, long_end = _long_range(seq_len, window, split, num_splits)
+    is_empty = long_begin >= long_end
+    if is_dense:
+        is_empty = tile_begin >= tile_end
+    if is_empty:
+        return
+
+    head = tl.arange(0, HEADS_PADDED)
+    dim = tl.arange(0, DIM_PADDED)
+    lane = tl.arange(0, TILE)
+    is_head = head < HEADS
+    pair = seq * tl.num_programs(0) + kv_head
+    rows = pair * HEADS + head
+    parts = rows * num_splits + split
+    at_part = parts[:, None] * HEAD_DIM + dim[None, :]
+    part_mask = is_head[:, None] & (dim < HEAD_DIM)[None, :]
+    query = _load_query(
+        query_ptr + seq * query_stride, kv_head, HEADS, HEADS_PADDED, HEAD_DIM, DIM_PADDED
+    )
+    scale = sm_scale * LOG2E
+    if SCALED:
+        scale = scale * tl.load(k_scale_ptr)
+    key_ptr += kv_head.to(tl.int64) * key_head_stride
+    value_ptr += kv_head.to(tl.int64) * key_head_stride
+    means_ptr += kv_head.to(tl.int64) * means_head_stride
+    block_table_ptr += seq * block_table_stride
+    acc = tl.zeros([HEADS_PADDED, DIM_PADDED], tl.float32)
+    total = tl.zeros([HEADS_PADDED], tl.float32)
+
+    if is_dense:
+        # V does not wait for the scores here, so that its loads are in flight together with K's.
+        max_score = tl.full([HEADS_PADDED], float("-inf"), tl.float32)
+        for tile in range(tile_begin, tile_end):
+            position = tile * TILE + lane
+            visible = (position >= begin) & (position < seq_len)
+            block, offset = _find_tile(block_table_ptr, tile, visible, BLOCK_SIZE, TILE)
+            scores = _log2_scores(
+                query,
+                key_ptr,
+                block,
+                offset,
+                visible,
+                scale,
+                soft_cap,
+                key_block_stride,
+                key_slot_stride,
+                HEAD_DIM,
+                DIM_PADDED,
+                SOFT_CAP,
+            )
+            scores = tl.where(visible[None, :], scores, float("-inf"))
+            value = _load_rows(
+                value_ptr,
+                block,
+                offset,
+                visible,
+                key_block_stride,
+                key_slot_stride,
+                HEAD_DIM,
+                DIM_PADDED,
+            )
+            new_max = tl.maximum(max_score, tl.max(scores, 1))
+            alpha = tl.exp2(max_score - new_max)
+            probs = tl.exp2(scores - new_max[:, None])
+            max_score = new_max
+            total = total * alpha + tl.sum(probs, 1)
+            acc = tl.dot(probs.to(query.dtype), value.to(query.dtype), acc * alpha[:, None])
+        tl.store(acc_ptr + at_part, acc, mask=part_mask)
+        tl.store(softmax_ptr + parts * 2, max_score, mask=is_head)
+        tl.store(softmax_ptr + parts * 2 + 1, total, mask=is_head)
+    else:
+        lse, cut = _load_state(state_ptr, rows, is_head)
+        best_tile = tl.load(best_tile_ptr + rows, mask=is_head, other=-1)
+        level = _chosen_level(
+            levels_ptr + pair * 2,
+            mass_ptr + pair * HEADS * LEVELS_PADDED,
+            tl.load(min_mass_ptr + seq),
+            HEADS,
+            HEADS_PADDED,
+        )
+        max_longs = max_groups // (LONG_GROUP // GROUP_SIZE)
+        tiles_ptr += pair * (max_longs * (LONG_GROUP // TILE))
+        starts_ptr += pair * (max_longs + 1)
+        num_kept = 0
+        GROUPS: tl.constexpr = TILE // GROUP_SIZE
+        for index in range(tl.load(starts_ptr + long_begin), tl.load(starts_ptr + long_end)):
+            tile = tl.load(tiles_ptr + index)
+            position = tile * TILE + lane
+            visible = (position >= begin) & (position < seq_len)
+            block, offset = _find_tile(block_table_ptr, tile, visible, BLOCK_SIZE, TILE)
+            scores = _log2_scores(
+                query,
+                key_ptr,
+                block,
+                offset,
+                visible,
+                scale,
+                soft_cap,
+                key_block_stride,
+                key_slot_stride,
+                HEAD_DIM,
+                DIM_PADDED,
+                SOFT_CAP,
+            )
+            scores = tl.where(visible[None, :], scores, float("-inf"))
+            kept = tl.max(scores - cut[:, None], 0) >= -level
+            kept = kept | _always_kept(scores, tile, best_tile, begin, seq_len, GROUP_SIZE, TILE)
+            kept = kept & visible
+            num_kept += tl.sum(kept.to(tl.int32), 0)
+            probs = tl.where(kept[None, :], tl.exp2(scores - lse[:, None]), 0.0)
+            total += tl.sum(probs, 1)
+            for group in tl.static_range(GROUPS):
+                mass = probs
+                if GROUPS > 1:
+                    mass = tl.where((lane // GROUP_SIZE == group)[None, :], probs, 0.0)
+                place = rows * max_groups + tile * GROUPS + group
+                top = tl.load(group_max_ptr + place, mask=is_head, other=float("-inf"))
+                of_group = tl.load(group_sum_ptr + place, mask=is_head, other=0.0)
+                lost = of_group * tl.exp2(top - lse) - tl.sum(mass, 1)
+                tl.store(group_max_ptr + place, lse, mask=is_head)
+                tl.store(group_sum_ptr + place, lost, mask=is_head)
+            value = _load_rows(
+                value_ptr,
+                block,
+                offset,
+                kept,
+                key_block_stride,
+                key_slot_stride,
+                HEAD_DIM,
+                DIM_PADDED,
+            )
+            acc = tl.dot(probs.to(query.dtype), value.to(query.dtype), acc)
+        tl.store(acc_ptr + at_part, acc, mask=part_mask)
+        tl.store(softmax_ptr + parts * 2, tl.zeros_like(total), mask=is_head)
+        tl.store(softmax_ptr + parts * 2 + 1, total, mask=is_head)
+        tl.store(kept_ptr + pair * num_splits + split, num_kept)
+
+        # What other threads of this program stored about groups is read next.
+        tl.debug_barrier()
+        weight = weights_ptr + (kv_head * HEADS + head) * NUM_WEIGHTS
+        on_short = tl.load(weight + 2, mask=is_head, other=0.0)
+        on_long = tl.load(weight + 3, mask=is_head, other=0.0)
+        on_all = tl.load(weight + 4, mask=is_head, other=0.0)
+        used = tl.max(tl.abs(on_short) + tl.abs(on_long) + tl.abs(on_all), 0) > 0.0
+        on_means, mean_sum = _sum_means(
+            query,
+            group_max_ptr,
+            group_sum_ptr,
+            rows,
+            max_groups,
+            lse,
+            is_head,
+            on_short,
+            on_long,
+            means_ptr,
+            block_table_ptr,
+            long_begin,
+            tl.where(used, long_end, long_begin),
+            begin,
+            seq_len,
+            means_block_stride,
+            means_group_stride,
+            HEADS_PADDED,
+            HEAD_DIM,
+            DIM_PADDED,
+            BLOCK_SIZE,
+            GROUP_SIZE,
+        )
+        tl.store(on_means_ptr + at_part, on_means, mask=part_mask)
+        tl.store(
+            mean_sum_ptr + (pair * num_splits + split) * HEAD_DIM + dim,
+            mean_sum,
+            mask=dim < HEAD_DIM,
+        )

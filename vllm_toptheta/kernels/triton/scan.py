@@ -1,0 +1,101 @@
+"""Step one of the decode kernels: every visible key is scored once, and of each compensation group
+a head's greatest score and sum of exponentials are noted. It knows no threshold."""
+
+# Arguments of jit functions have no Python types.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+
+import triton
+import triton.language as tl
+
+from vllm_toptheta.kernels.triton.rows import _find_tile, _load_query, _tile_range
+from vllm_toptheta.kernels.triton.tiles import LOG2E, _log2_scores
+
+
+# What varies from step to step, or between layers, is not specialised: a new value would mean a
+# new binary while requests wait.
+@triton.jit(
+    do_not_specialize=["window", "block_table_stride"],
+    do_not_specialize_on_alignment=["block_table_ptr", "seq_lens_ptr", "dense_ptr", "k_scale_ptr"],
+)
+def _scan_kernel(
+    query_ptr,
+    key_ptr,
+    block_table_ptr,
+    seq_lens_ptr,
+    dense_ptr,
+    k_scale_ptr,
+    group_max_ptr,
+    group_sum_ptr,
+    sm_scale,
+    soft_cap,
+    window,
+    max_groups,
+    query_stride,
+    block_table_stride,
+    key_block_stride,
+    key_head_stride,
+    key_slot_stride,
+    HEADS: tl.constexpr,
+    HEADS_PADDED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    MIN_TILES: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    """One split of a row for one kv head; dense rows need no scan."""
+    kv_head = tl.program_id(0)
+    split = tl.program_id(1)
+    seq = tl.program_id(2).to(tl.int64)
+    seq_len = tl.load(seq_lens_ptr + seq)
+    begin, tile_begin, tile_end = _tile_range(
+        seq_len, window, split, tl.num_programs(1), TILE, MIN_TILES
+    )
+    if (tile_begin >= tile_end) | (tl.load(dense_ptr + seq) != 0):
+        return
+
+    head = tl.arange(0, HEADS_PADDED)
+    lane = tl.arange(0, TILE)
+    query = _load_query(
+        query_ptr + seq * query_stride, kv_head, HEADS, HEADS_PADDED, HEAD_DIM, DIM_PADDED
+    )
+    scale = sm_scale * LOG2E
+    if SCALED:
+        scale = scale * tl.load(k_scale_ptr)
+    key_ptr += kv_head.to(tl.int64) * key_head_stride
+    block_table_ptr += seq * block_table_stride
+    rows = (seq * tl.num_programs(0) + kv_head) * HEADS + head
+    GROUPS: tl.constexpr = TILE // GROUP_SIZE
+    for tile in range(tile_begin, tile_end):
+        position = tile * TILE + lane
+        visible = (position >= begin) & (position < seq_len)
+        block, offset = _find_tile(block_table_ptr, tile, visible, BLOCK_SIZE, TILE)
+        scores = _log2_scores(
+            query,
+            key_ptr,
+            block,
+            offset,
+            visible,
+            scale,
+            soft_cap,
+            key_block_stride,
+            key_slot_stride,
+            HEAD_DIM,
+            DIM_PADDED,
+            SOFT_CAP,
+        )
+        scores = tl.where(visible[None, :], scores, float("-inf"))
+        for index in tl.static_range(GROUPS):
+            of_group = scores
+            if GROUPS > 1:
+                of_group = tl.where((lane // GROUP_SIZE == index)[None, :], scores, float("-inf"))
+            top = tl.max(of_group, 1)
+            # A window may show nothing of the first groups.
+            shift = tl.where(top == float("-inf"), 0.0, top)
+            total = tl.sum(tl.exp2(of_group - shift[:, None]), 1)
+            group = rows * max_groups + tile * GROUPS + index
+            tl.store(group_max_ptr + group, top, mask=head < HEADS)
+            tl.store(group_sum_ptr + group, total, mask=head < HEADS)

@@ -1,0 +1,101 @@
+"""What every attention kernel does with a tile of keys in the paged cache."""
+
+# Arguments of jit functions have no Python types.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+GROUPS_PADDED = tl.constexpr(16)  # the smallest inner dimension of tl.dot
+
+
+@triton.jit
+def _log2_scores(
+    query,
+    key_ptr,
+    block,
+    offset,
+    rows,
+    scale,
+    soft_cap,
+    key_block_stride,
+    key_slot_stride,
+    HEAD_DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+):
+    """Scores [num_rows, TILE] of one K tile as exponents of 2; of keys outside of `rows` nothing is
+    read.
+
+    Args:
+        query: [num_rows, DIM_PADDED].
+        block, offset: [TILE], where the keys are.
+        rows: [TILE] bool.
+        scale: factor on q.k, times LOG2E.
+        soft_cap: in natural units.
+    """
+    dim = tl.arange(0, DIM_PADDED)
+    pointers = (
+        key_ptr
+        + (block.to(tl.int64) * key_block_stride + offset * key_slot_stride)[None, :]
+        + dim[:, None]
+    )
+    mask = rows[None, :]
+    if HEAD_DIM != DIM_PADDED:
+        mask = mask & (dim < HEAD_DIM)[:, None]
+    key = tl.load(pointers, mask=mask, other=0.0)
+    scores = tl.dot(query, key.to(query.dtype)) * scale
+    if SOFT_CAP:
+        # tanh(x) = 1 - 2 / (1 + exp(2x)); exp may overflow to inf, which is the right limit.
+        scores = (soft_cap * LOG2E) * (1.0 - 2.0 / (1.0 + tl.exp2(scores * (2.0 / soft_cap))))
+    return scores
+
+
+@triton.jit
+def _load_rows(
+    pointer,
+    block,
+    offset,
+    rows,
+    block_stride,
+    slot_stride,
+    HEAD_DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+):
+    """Rows [num, DIM_PADDED] of V or of the means; a row that is masked off causes no memory
+    traffic.
+    """
+    dim = tl.arange(0, DIM_PADDED)
+    pointers = (
+        pointer + (block.to(tl.int64) * block_stride + offset * slot_stride)[:, None] + dim[None, :]
+    )
+    mask = rows[:, None]
+    if HEAD_DIM != DIM_PADDED:
+        mask = mask & (dim < HEAD_DIM)[None, :]
+    return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def _sum_groups(mass, ROWS: tl.constexpr, GROUP_SIZE: tl.constexpr, TILE: tl.constexpr):
+    """Mass [ROWS, TILE] summed over groups of keys, [ROWS, GROUPS_PADDED].
+
+    By masks: for a sum over one of three dimensions the compiler picks layouts that hold every
+    element many times.
+    """
+    group = tl.arange(0, TILE) // GROUP_SIZE
+    column = tl.arange(0, GROUPS_PADDED)
+    sums = tl.zeros([ROWS, GROUPS_PADDED], tl.float32)
+    for index in tl.static_range(TILE // GROUP_SIZE):
+        of_group = tl.sum(tl.where((group == index)[None, :], mass, 0.0), 1)
+        sums = tl.where((column == index)[None, :], of_group[:, None], sums)
+    return sums
+
+
+@triton.jit
+def _dot_means(weights, means, acc, query):
+    """acc [rows, DIM_PADDED] plus weights [rows, GROUPS_PADDED] times means."""
+    if query.dtype == tl.float16:
+        # The mass that thousands of distant keys lose lies below float16's normal range.
+        return tl.dot(weights, means.to(tl.float32), acc, input_precision="tf32")
+    return tl.dot(weights.to(query.dtype), means.to(query.dtype), acc)
