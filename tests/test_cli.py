@@ -41,7 +41,7 @@ def test_calibrate_inspect_evaluate(
         cli.main(["calibrate", str(checkpoint), *small, "--tokens", "512", "--name", "org/tiny"])
         == 0
     )
-    table = tmp_path / "thresholds" / "org--tiny" / "256-lost_mass.safetensors"
+    table = tmp_path / "thresholds" / "org--tiny" / "256.safetensors"
     assert table.is_file()
     assert str(tmp_path).encode() not in table.read_bytes()
 
@@ -52,12 +52,13 @@ def test_calibrate_inspect_evaluate(
     assert "toptheta calibrate org/tiny --text text.txt --tokens 512" in capsys.readouterr().out
 
     report = tmp_path / "report.json"
-    small += ["--documents", "1", "--k", "16", "--json", str(report)]
-    assert cli.main(["evaluate", "perplexity", str(checkpoint), *small]) == 0
+    small += ["--rows", "32", "--min-kv-len", "0", "--json", str(report)]
+    dials = ["--min-prob", "0.01", "--no-table", "--rivals", "top_k:16"]
+    assert cli.main(["evaluate", "fidelity", str(checkpoint), *small, *dials]) == 0
     assert [result["variant"] for result in json.loads(report.read_text())] == [
-        "dense",
-        "top_k",
-        "toptheta:256-lost_mass",
+        "toptheta",
+        "toptheta:no-table",
+        "top_k:16",
     ]
     assert "V rows" in capsys.readouterr().out
 
@@ -70,7 +71,8 @@ def test_without_a_table_the_error_says_what_to_type(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("TOPTHETA_HOME", str(tmp_path))
-    assert cli.main(["evaluate", "perplexity", str(checkpoint), "--text", str(text)]) == 1
+    arguments = ["evaluate", "fidelity", str(checkpoint), "--text", str(text), "--k", "64"]
+    assert cli.main(arguments) == 1
     assert "toptheta calibrate" in capsys.readouterr().err
 
 
@@ -82,7 +84,7 @@ def test_interrupt_writes_nothing(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(collect.Collector, "_add", interrupt)
+    monkeypatch.setattr(collect.Collector, "_count", interrupt)
     out = tmp_path / "out" / "table.safetensors"
     arguments = ["--text", str(text), "--length", "256", "--tokens", "256", "--out", str(out)]
     assert cli.main(["calibrate", str(checkpoint), *arguments]) == 130

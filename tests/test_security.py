@@ -125,7 +125,7 @@ def test_a_name_does_not_find_tables_outside_of_the_store(tmp_path: Path) -> Non
 )
 def test_hostile_options_are_refused_at_once_and_in_few_words(xargs: dict[str, Any]) -> None:
     started = time.process_time()
-    with pytest.raises(ValueError, match="Options are toptheta_k") as caught:
+    with pytest.raises(ValueError, match="Options are toptheta_min_prob") as caught:
         RequestOptions.parse(xargs)
     assert time.process_time() - started < 0.5
     assert len(str(caught.value)) < 1000

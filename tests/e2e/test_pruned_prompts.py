@@ -257,7 +257,8 @@ def test_a_stream_tells_about_its_prompt_what_a_whole_response_tells(told: Told)
     whole, stream = told.answers["whole"].prompt, told.answers["stream"].prompt
     assert stream.keys() == whole.keys()
     for name, value in whole.items():
-        assert stream[name] == pytest.approx(value, rel=ROUNDING), name
+        expected = None if value is None else pytest.approx(value, rel=ROUNDING)
+        assert stream[name] == expected, name
 
 
 def test_requests_choose_what_their_prompts_keep(told: Told) -> None:
@@ -333,7 +334,7 @@ def test_the_page_tells_about_prompts(running: Running, told: Told) -> None:
     assert (total["min_prob"], total["prefill"]["min_prob"]) == (MIN_PROB, PREFILL)
     assert 0 < total["prefill"]["kept_fraction"] < 1
     settings = {request["setting"] for request in stats["requests"]}
-    assert settings == {"default", "min_prob", "off"}
+    assert settings == {"default", "min_prob", "k", "off"}
 
 
 @pytest.mark.skipif(PROGRAM is None, reason="needs the program chromium")

@@ -16,10 +16,11 @@ from vllm_toptheta.evaluation.fidelity import (
 from vllm_toptheta.evaluation.rules import Dense, Paper, TopK, TopTheta
 
 
+@pytest.mark.parametrize("length", [300, 100])
 @pytest.mark.parametrize("name", ["llama", "mistral-windowed", "gpt-oss-sinks"])
-def test_a_cached_prompt_gives_the_models_own_predictions(name: str) -> None:
+def test_a_cached_prompt_gives_the_models_own_predictions(name: str, length: int) -> None:
     model = tiny_model(name)
-    (ids,) = random_documents(1, 300)
+    (ids,) = random_documents(1, length)
     with torch.inference_mode():
         expected = model(ids[None], use_cache=False).logits[0, -20:-1].log_softmax(-1)
     cache = read_prompt(model, ids[:-20], [])

@@ -106,7 +106,7 @@ def read_prompt(model: PreTrainedModel, ids: Tensor, rules: Sequence[Rule]) -> D
     with torch.inference_mode():
         for part, attention in ((ids[:tail], dense_attention), (ids[tail:], watched)):
             with replaced_attention(model, attention):
-                for chunk in part.split(_CHUNK):
+                for chunk in part.split(_CHUNK) if len(part) else ():
                     model.base_model(chunk[None], past_key_values=cache, use_cache=True)
     return cache
 

@@ -26,7 +26,7 @@ class Decoder {
   int32_t run() {
     int num_threads = a.num_threads > 0 ? a.num_threads : omp_get_max_threads();
     if (!plan(num_threads)) return kOutOfMemory;
-    int32_t status = kOk;
+    int32_t status = kOk, late_status = kOk;  // two: all threads must decide alike whether there is a second half
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1)
     {
 #pragma omp for schedule(dynamic, 1)
@@ -36,10 +36,11 @@ class Decoder {
       }
       if (num_split_rows > 0 && __atomic_load_n(&status, __ATOMIC_RELAXED) == kOk) {
 #pragma omp for schedule(dynamic, 1)
-        for (int i = 0; i < num_tasks; i++) second_half(i);
+        for (int i = 0; i < num_tasks; i++)
+          if (!second_half(i)) __atomic_store_n(&late_status, kOutOfMemory, __ATOMIC_RELAXED);
       }
     }
-    return status;
+    return status != kOk ? status : late_status;
   }
 
  private:
@@ -155,10 +156,11 @@ class Decoder {
     return kOk;
   }
 
-  void second_half(int index) const {
+  // False when out of memory.
+  bool second_half(int index) const {
     const Task t = task(index);
-    if (!t.split) return;
-    worker_arena.reserve(worker_bytes);
+    if (!t.split) return true;
+    if (!worker_arena.reserve(worker_bytes)) return false;
     const Row<T>& row = t.split->row;
     const size_t size = static_cast<size_t>(g.G) * g.D;
     const int32_t* before = row.rows_before;
@@ -167,12 +169,13 @@ class Decoder {
       return static_cast<int>(std::lower_bound(before, before + row.stride + 1, rows) - before);
     };
     Gather<T>(row, worker_arena, t.split->accs + t.part * size).run(cut(t.part), cut(t.part + 1));
-    if (__atomic_sub_fetch(&t.split->ungathered, 1, __ATOMIC_ACQ_REL) != 0) return;
+    if (__atomic_sub_fetch(&t.split->ungathered, 1, __ATOMIC_ACQ_REL) != 0) return true;
     float* sum = t.split->accs;
     for (int i = 1; i < t.splits; i++)
       for (size_t d = 0; d < size; d += 8)
         _mm256_store_ps(sum + d, _mm256_add_ps(_mm256_load_ps(sum + d), _mm256_load_ps(sum + i * size + d)));
     write(t, sum);
+    return true;
   }
 
   T* out(const Task& t) const {

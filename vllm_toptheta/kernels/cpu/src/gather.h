@@ -98,13 +98,16 @@ class Gather {
       w.p += static_cast<size_t>(g0) * w.p_stride;
       w.factor += static_cast<size_t>(g0) * w.factor_stride;
       float* sums = acc + static_cast<size_t>(g0) * g.D;
-      const RowRun<T> rows{now.run, g.D};
-      const RowList<T> rows_list{now.rows};
+      const auto with = [&](auto rows, auto ahead) {
+        if (g0 == 0)
+          add_tile<GT>(rows, now.n, w, sums, ahead);
+        else
+          add_tile<GT>(rows, now.n, w, sums, NoLines{});
+      };
       if (run)
-        g0 == 0 ? add_tile<GT>(rows, now.n, w, sums, LineRun{bytes(next.run)}) : add_tile<GT>(rows, now.n, w, sums, NoLines{});
+        with(RowRun<T>{now.run, g.D}, LineRun{bytes(next.run)});
       else
-        g0 == 0 ? add_tile<GT>(rows_list, now.n, w, sums, LineList{next.lines})
-                : add_tile<GT>(rows_list, now.n, w, sums, NoLines{});
+        with(RowList<T>{now.rows}, LineList{next.lines});
     });
   }
 
@@ -160,7 +163,7 @@ class Gather {
     const int size = g.group_size;
     const bool full = !row.reads_means && row.mask[i] == ~uint64_t{0} >> (64 - size);
     float* p = row.p_of_group(i);
-    if (!full) weigh(i, p);
+    if (!full) size == 64 ? weigh<64>(i, p) : size == 32 ? weigh<32>(i, p) : weigh<16>(i, p);
     if (chunks[filling].n) flip();
     for (int r = 0; r < size; r += limit) {
       Chunk& c = chunks[filling];
@@ -172,17 +175,17 @@ class Gather {
   }
 
   // Exponentials of a group to weights.
+  template <int SIZE>
   void weigh(int i, float* p) const {
-    alignas(32) float lanes[64];
-    for (int t = 0; t < g.group_size; t += 8) _mm256_store_ps(lanes + t, lanes_of(row.mask[i] >> t));
+    constexpr int N = SIZE / 8;
+    __m256 lanes[N];
+    TOPT_UNROLL for (int t = 0; t < N; t++) lanes[t] = lanes_of(row.mask[i] >> 8 * t);
     for (int h = 0; h < g.G; h++, p += g.B) {
       const size_t at = static_cast<size_t>(h) * row.stride + i;
       const __m256 scale = _mm256_set1_ps(row.scale[at]);
-      const __m256 add = _mm256_set1_ps(row.reads_means ? row.limit[at] / g.group_size : 0);
-      for (int t = 0; t < g.group_size; t += 8) {
-        const __m256 kept = _mm256_and_ps(_mm256_load_ps(lanes + t), _mm256_load_ps(p + t));
-        _mm256_store_ps(p + t, _mm256_fmadd_ps(scale, kept, add));
-      }
+      const __m256 add = _mm256_set1_ps(row.reads_means ? row.limit[at] / SIZE : 0);
+      TOPT_UNROLL for (int t = 0; t < N; t++)
+          _mm256_store_ps(p + 8 * t, _mm256_fmadd_ps(scale, _mm256_and_ps(lanes[t], _mm256_load_ps(p + 8 * t)), add));
     }
   }
 
@@ -190,7 +193,8 @@ class Gather {
     for (int i = begin; i < end; i++) {
       if (row.mask[i] && row.reads_whole(i)) continue;
       Chunk& c = chunks[filling];
-      for (int h = 0; h < g.G; h++) c.list_weights[h * limit + c.n] = row.limit[static_cast<size_t>(h) * row.stride + i];
+      for (int h = 0; h < g.G; h++)
+        c.list_weights[h * limit + c.n] = row.limit[static_cast<size_t>(h) * row.stride + i];
       c.weights = {c.list_weights, &kOne, limit, 0};
       push(c, row.mean(i));
       if (c.n == limit) flip();

@@ -43,7 +43,7 @@ class Prefiller {
     int32_t status = kOk;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads) if (num_threads > 1)
     for (int i = 0; i < num_tasks; i++) {
-      // From the last tile to the first: a sequence's last tiles see the most keys, and long tasks should not come last.
+      // From the last tile to the first: the last ones see the most keys, and long tasks should not come last.
       const int task = num_tasks - 1 - i;
       const int32_t result = run_task(task / a.num_kv_heads, task % a.num_kv_heads);
       if (result != kOk) __atomic_store_n(&status, result, __ATOMIC_RELAXED);

@@ -115,7 +115,7 @@ class Select {
     int count = 0, lifts = 0;
     for (;; lifts++) {
       for (int h = 0; h < g.G; h++) set_limits(h, std::log2(total[h]) + threshold - lifts);
-      count = collect();
+      count = g.group_size == 64 ? collect<64>() : g.group_size == 32 ? collect<32>() : collect<16>();
       float least = INFINITY;
       for (int h = 0; h < g.G; h++) {
         kept_mass[h] = std::min(sum_kept(h) / mass[h], 1.0f);
@@ -162,26 +162,19 @@ class Select {
   }
 
   // Masks of all groups, and what their kept keys sum up to. Returns the number of kept keys.
+  template <int SIZE>
   int collect() {
     std::fill_n(row.mask, row.stride, uint64_t{0});
     std::fill_n(row.kept, g.G * static_cast<size_t>(row.stride), 0.0f);
     for (int i = 0; i < num_forced; i++) row.mask[forced[i].group] |= forced[i].bits;
     const int n = find_candidates();
     int count = 0, lines = kFetchLines;
-    alignas(32) float lanes[64] = {};
     for (int c = 0; c < n; c++) {
       if (c + kLookAhead < n) fetch_candidate(row.candidates[c + kLookAhead]);
       const int i = row.candidates[c];
-      const uint64_t forced_bits = row.mask[i], reached = reaching(i, lanes);
-      const uint64_t mask = row.mask[i] = (reached & row.visible_bits(i)) | forced_bits;
-      count += __builtin_popcountll(mask);
-      if (__builtin_popcountll(mask) > kFewKeys) {
-        if (mask != reached)
-          for (int t = 0; t < g.group_size; t += 8) _mm256_store_ps(lanes + t, lanes_of(mask >> t));
-        sum_many(i, lanes);
-      }
-      else if (lines > 0)
-        lines -= fetch_kept(i, mask);
+      const int kept = test_group<SIZE>(i);
+      if (kept <= kFewKeys && lines > 0) lines -= fetch_kept(i);
+      count += kept;
     }
     for (int c = 0; c < n; c++) sum_few(row.candidates[c]);
     return count;
@@ -212,13 +205,13 @@ class Select {
   }
 
   // What the gather will read of a group. Returns the number of lines of V.
-  int fetch_kept(int i, uint64_t mask) const {
+  int fetch_kept(int i) const {
     const auto [block, in_block] = g.locate(i);
     const T* v = row.v_row(block, in_block * g.group_size);
     const float* p = row.p_of_group(i);
     int lines = 0;
-    for (; mask; mask &= mask - 1) {
-      const int slot = __builtin_ctzll(mask);
+    for (uint64_t bits = row.mask[i]; bits; bits &= bits - 1) {
+      const int slot = __builtin_ctzll(bits);
       for (int h = 0; h < g.G; h++) prefetch(reinterpret_cast<const char*>(p + static_cast<size_t>(h) * g.B + slot));
       const char* of_row = reinterpret_cast<const char*>(v + static_cast<size_t>(slot) * g.D);
       for (int d = 0; d < g.D * static_cast<int>(sizeof(T)); d += 64, lines++) prefetch_stream(of_row + d);
@@ -226,39 +219,42 @@ class Select {
     return lines;
   }
 
-  // Keys of a group that reach the limit of some head, and the same as masks of lanes.
-  uint64_t reaching(int i, float* lanes) const {
+  // Adds the keys of a group that reach the limit of some head to its mask, and sums up the exponentials of its kept
+  // keys where those are many. Returns their number.
+  template <int SIZE>
+  int test_group(int i) {
+    constexpr int N = SIZE / 8;
     const float* p = row.p_of_group(i);
-    for (int t = 0; t < g.group_size; t += 8) _mm256_store_ps(lanes + t, _mm256_setzero_ps());
-    for (int h = 0; h < g.G; h++, p += g.B) {
+    __m256 lanes[N];
+    TOPT_UNROLL for (int t = 0; t < N; t++) lanes[t] = _mm256_setzero_ps();
+    for (int h = 0; h < g.G; h++) {
       const float limit = row.limit[at(h) + i];
       if (!(limit <= 1.0f)) continue;
       const __m256 least = _mm256_set1_ps(limit);
-      for (int t = 0; t < g.group_size; t += 8) {
-        const __m256 reaches = _mm256_cmp_ps(_mm256_load_ps(p + t), least, _CMP_GE_OQ);
-        _mm256_store_ps(lanes + t, _mm256_or_ps(_mm256_load_ps(lanes + t), reaches));
-      }
+      TOPT_UNROLL for (int t = 0; t < N; t++)
+          lanes[t] = _mm256_or_ps(lanes[t], _mm256_cmp_ps(_mm256_load_ps(p + h * g.B + 8 * t), least, _CMP_GE_OQ));
     }
-    const auto word = [lanes](int t) {
-      return uint64_t{bits_of(_mm256_load_ps(lanes + t), _mm256_load_ps(lanes + t + 8), _mm256_load_ps(lanes + t + 16),
-                              _mm256_load_ps(lanes + t + 24))};
-    };
-    return g.group_size == 64 ? word(0) | word(32) << 32 : word(0);
-  }
-
-  // Sums of the kept keys, from whose mask `lanes` is.
-  void sum_many(int i, const float* lanes) const {
-    if (row.mask[i] == row.visible_bits(i)) {
+    uint64_t reaching = 0;
+    TOPT_UNROLL for (int t = 0; t < N; t += 4)  // of 16 tokens the upper bits are copies
+        reaching |= uint64_t{bits_of(lanes[t], lanes[t + 1], lanes[(t + 2) % N], lanes[(t + 3) % N])} << 8 * t;
+    const uint64_t visible = row.visible_bits(i), mask = (reaching & visible) | row.mask[i];
+    row.mask[i] = mask;
+    const int kept = __builtin_popcountll(mask);
+    if (kept <= kFewKeys) return kept;
+    if (mask == visible) {
       for (int h = 0; h < g.G; h++) row.kept[at(h) + i] = row.sum[at(h) + i];
-      return;
+      return kept;
     }
-    const float* p = row.p_of_group(i);
+    if (mask != reaching) TOPT_UNROLL for (int t = 0; t < N; t++) lanes[t] = lanes_of(mask >> 8 * t);
     for (int h = 0; h < g.G; h++, p += g.B) {
-      __m256 sum = _mm256_setzero_ps();
-      for (int t = 0; t < g.group_size; t += 8)
-        sum = _mm256_add_ps(sum, _mm256_and_ps(_mm256_load_ps(lanes + t), _mm256_load_ps(p + t)));
-      row.kept[at(h) + i] = horizontal_sum(sum);
+      __m256 sum = _mm256_and_ps(lanes[0], _mm256_load_ps(p)), more = _mm256_and_ps(lanes[1], _mm256_load_ps(p + 8));
+      TOPT_UNROLL for (int t = 2; t < N; t += 2) {
+        sum = _mm256_add_ps(sum, _mm256_and_ps(lanes[t], _mm256_load_ps(p + 8 * t)));
+        more = _mm256_add_ps(more, _mm256_and_ps(lanes[t + 1], _mm256_load_ps(p + 8 * t + 8)));
+      }
+      row.kept[at(h) + i] = horizontal_sum(_mm256_add_ps(sum, more));
     }
+    return kept;
   }
 
   // The same where it pays to visit the keys one by one; their exponentials are on their way.
@@ -303,7 +299,7 @@ class Select {
         row.reads_means = true;
         const float for_each = w[4] * lost_of_all / (row.whole.end - row.whole.begin);
         const int per_long = kLongGroup / g.group_size;
-        const int before = row.first_block * g.groups_per_block % per_long;  // groups of the long one before the first page
+        const int before = row.first_block * g.groups_per_block % per_long;  // of the first page's long group
         for (int i = row.whole.begin; i < row.whole.end;) {
           const int end = std::min((i + before) / per_long * per_long + per_long - before, row.whole.end);
           float lost = 0;
