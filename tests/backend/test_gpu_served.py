@@ -30,6 +30,9 @@ LENGTHS = (70, 45, 33, 70)
 """The last prompt is the first one again, most of which the prefix cache holds by then."""
 ROUNDING = 1e-3
 """A key that lies at its threshold may fall on either side, and with it its mass."""
+TILES = 0.05
+"""Prompt rows meet K in tiles of 128 keys on a CPU and of 64 on a GPU, so that the running
+denominators of rows behind the first 64 differ a little, and with them a few kept keys."""
 
 Answers = list[list[dict[str, Any]]]
 
@@ -93,6 +96,7 @@ def test_counts_of_pruned_prompts_are_the_same(answers: tuple[Answers, Answers])
         wanted, shown = (answer["summary"]["toptheta"]["prefill"] for answer in (expected, found))
         assert shown.keys() == wanted.keys()
         for name, value in wanted.items():
-            assert shown[name] == pytest.approx(value, rel=ROUNDING)
+            expected_value = None if value is None else pytest.approx(value, rel=TILES)
+            assert shown[name] == expected_value, name
     longest = answers[1][1][0]["summary"]["toptheta"]["prefill"]
     assert longest["keys_kept"] < 0.6 * longest["keys_scored"]
