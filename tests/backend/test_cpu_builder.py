@@ -17,7 +17,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata  # noqa: E402
 from vllm.v1.attention.backends import cpu_attn  # noqa: E402
 from vllm.v1.kv_cache_interface import FullAttentionSpec  # noqa: E402
 
-from vllm_toptheta.backend import cpu  # noqa: E402
+from vllm_toptheta.backend import cpu, cpu_step  # noqa: E402
 from vllm_toptheta.backend.heads import toptheta_heads  # noqa: E402
 from vllm_toptheta.backend.plan import Plan  # noqa: E402
 from vllm_toptheta.config import TopThetaConfig  # noqa: E402
@@ -81,7 +81,7 @@ class Engine:
         monkeypatch.setattr(cpu.Plan, "from_vllm_config", lambda config: plan)
         monkeypatch.setattr(cpu, "install_on_worker", lambda *args, **kwargs: None)
         monkeypatch.setattr(cpu, "get_tensor_model_parallel_rank", lambda: 0)
-        monkeypatch.setattr(cpu, "get_tp_group", lambda: SimpleNamespace(world_size=1))
+        monkeypatch.setattr(cpu_step, "get_tp_group", lambda: SimpleNamespace(world_size=1))
         monkeypatch.setattr(cpu, "stock_prompts_are_faster", lambda *args: stock)
         heads = (HEADS, HEAD_DIM, HEAD_DIM**-0.5, KV_HEADS)
         with set_current_vllm_config(config):

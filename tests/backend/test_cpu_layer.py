@@ -19,11 +19,8 @@ from vllm.v1.attention.backends.cpu_attn import (  # noqa: E402
     CPUAttentionMetadata,
 )
 
-from vllm_toptheta.backend.cpu import (  # noqa: E402
-    DecodeStep,
-    TopThetaCPUImpl,
-    TopThetaCPUMetadata,
-)
+from vllm_toptheta.backend.cpu import TopThetaCPUImpl, TopThetaCPUMetadata  # noqa: E402
+from vllm_toptheta.backend.cpu_step import DecodeStep  # noqa: E402
 from vllm_toptheta.backend.prompts import PromptStep  # noqa: E402
 from vllm_toptheta.kernels.layout import UNCALIBRATED_WEIGHTS, PageLayout  # noqa: E402
 
