@@ -9,7 +9,7 @@ from torch import Tensor
 from vllm_toptheta.kernels import ops
 from vllm_toptheta.kernels.cpu import native
 from vllm_toptheta.kernels.cpu.calls import DecodeCall
-from vllm_toptheta.kernels.layout import RENORMALISE, PageLayout
+from vllm_toptheta.kernels.layout import RENORMALISE, Packing, PageLayout
 from vllm_toptheta.testing.cases import Case, Result, Spec, error_budget
 
 needs_native = pytest.mark.skipif(
@@ -24,6 +24,7 @@ def decode(
     target: ops.Target = "native",
     *,
     pages: Tensor | None = None,
+    packing: Packing = "vec",
     num_splits: int | None = None,
     num_threads: int | None = None,
     isa: native.Isa | None = None,
@@ -31,9 +32,9 @@ def decode(
     """Run the kernel, on the case's pages where none are given; what only native.py takes is for
     the native target."""
     spec, result = case.spec, Result.empty(case.spec)
-    layout = PageLayout(spec.block_size, spec.head_dim)
+    layout = PageLayout(spec.block_size, spec.head_dim, packing)
     if pages is None:
-        pages, _ = case.cpu_pages()
+        pages, _ = case.cpu_pages(packing)
         ops.update_v_means(pages, layout, case.slots(), target=target)
     call = DecodeCall(
         query=case.query,

@@ -66,6 +66,7 @@ class AttentionCall:
             "head_dim": self.layout.head_dim,
             "block_size": self.layout.block_size,
             "group_size": self.layout.group_size,
+            "amx": self.layout.packing == "amx",
             "window": self.window or 0,
             "dtype": DTYPES[self.kv_cache.dtype],
             "sm_scale": self.sm_scale,

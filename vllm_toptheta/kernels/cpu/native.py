@@ -32,7 +32,7 @@ STATUS = {
 }
 """What the statuses of src/args.h mean, from 1 on."""
 
-_ABI_VERSION = 4
+_ABI_VERSION = 5
 _CALLER_ERRORS = ("block_out_of_range", "bad_lengths")
 _REBUILD = "python -m vllm_toptheta.kernels.cpu.build"
 
@@ -49,7 +49,7 @@ class _DecodeArgs(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("log_min_prob_stride", "num_blocks")),
         *((name, ctypes.c_int32) for name in ("max_blocks", "num_seqs", "num_heads")),
         *((name, ctypes.c_int32) for name in ("num_kv_heads", "head_dim", "block_size")),
-        *((name, ctypes.c_int32) for name in ("group_size", "window", "dtype")),
+        *((name, ctypes.c_int32) for name in ("group_size", "amx", "window", "dtype")),
         *((name, ctypes.c_int32) for name in ("num_splits", "num_threads", "avx512")),
         *((name, ctypes.c_float) for name in ("sm_scale", "soft_cap")),
     )
@@ -63,7 +63,7 @@ class _MeansArgs(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("num_tokens", "num_blocks")),
         *((name, ctypes.c_int64) for name in ("block_stride", "head_stride")),
         *((name, ctypes.c_int32) for name in ("num_kv_heads", "head_dim", "block_size")),
-        *((name, ctypes.c_int32) for name in ("group_size", "dtype")),
+        *((name, ctypes.c_int32) for name in ("group_size", "amx", "dtype")),
     )
 
 
@@ -160,7 +160,6 @@ def decode_attention(
         num_threads: None for as many as torch uses.
         isa: None for the best one here.
     """
-    _only_vec(call.layout)
     args = _DecodeArgs(
         min_mass=call.min_mass.data_ptr(),
         weights=call.weights.data_ptr(),
@@ -175,7 +174,6 @@ def decode_attention(
 
 def update_v_means(kv_cache: Tensor, layout: PageLayout, slot_mapping: Tensor) -> None:
     """`ops.update_v_means` in C++."""
-    _only_vec(layout)
     args = _MeansArgs(
         kv_cache.data_ptr(),
         slot_mapping.data_ptr(),
@@ -187,11 +185,7 @@ def update_v_means(kv_cache: Tensor, layout: PageLayout, slot_mapping: Tensor) -
         layout.head_dim,
         layout.block_size,
         layout.group_size,
+        layout.packing == "amx",
         DTYPES[kv_cache.dtype],
     )
     check_status(native_library().topt_update_v_means(ctypes.byref(args)))
-
-
-def _only_vec(layout: PageLayout) -> None:
-    if layout.packing != "vec":
-        raise RuntimeError(f'native decode reads pages of packing "vec", got {layout.packing!r}')

@@ -52,7 +52,6 @@ def prefill_native(
         query_start_loc=call.query_start_loc.data_ptr(),
         v_tiles_read=call.v_tiles_read.data_ptr(),
         num_tokens=call.query.shape[0],
-        amx=call.layout.packing == "amx",
         num_threads=num_threads or 0,
         avx512=use_avx512(isa),
         **call.native_fields(),

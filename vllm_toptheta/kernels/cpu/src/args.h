@@ -1,7 +1,9 @@
 // The contract between Python (kernels/cpu/native.py mirrors these structs field by field) and the native kernels.
 //
 // A page is what one (block, kv head) pair owns in the cache, contiguous, all in the cache dtype:
-//   K^T [head_dim][block_size], V [block_size][head_dim], V means [block_size / group_size][head_dim].
+//   K^T [head_dim][block_size], V [block_size][head_dim], V means [block_size / group_size][head_dim],
+// or, in AMX tiles (bf16, block_size and head_dim multiples of 32):
+//   K [block_size / 16][head_dim / 2][16 tokens][2], V [head_dim / 16][block_size / 2][16][2 tokens], the same means.
 #pragma once
 
 #include <cstdint>
@@ -35,6 +37,7 @@ struct ToptDecodeArgs {
   int32_t max_blocks;  // entries in a row of the block table
   int32_t num_seqs, num_heads, num_kv_heads, head_dim, block_size;
   int32_t group_size;   // tokens per short compensation group: 16, 32 or 64
+  int32_t amx;          // nonzero: K and V lie in AMX tiles
   int32_t window;       // a row sees its last `window` keys; 0: all
   int32_t dtype;        // ToptDtype
   int32_t num_splits;   // parts of a row; 0: chosen from the work
@@ -48,7 +51,7 @@ struct ToptMeansArgs {
   void* kv_cache;
   const int64_t* slot_mapping;  // [num_tokens], negative: padding
   int64_t num_tokens, num_blocks, block_stride, head_stride;
-  int32_t num_kv_heads, head_dim, block_size, group_size, dtype;
+  int32_t num_kv_heads, head_dim, block_size, group_size, amx, dtype;
 };
 
 int32_t topt_decode_avx2(const ToptDecodeArgs& args);

@@ -205,7 +205,8 @@ class Decoder {
 
 int32_t topt_decode_avx2(const ToptDecodeArgs& args) {
   switch (args.dtype) {
-    case kBFloat16: return topt::Decoder<topt::bf16>(args).run();
+    case kBFloat16:
+      return args.amx ? topt::Decoder<topt::tiled_bf16>(args).run() : topt::Decoder<topt::bf16>(args).run();
     case kFloat16: return topt::Decoder<topt::fp16>(args).run();
     case kFloat32: return topt::Decoder<float>(args).run();
   }

@@ -18,7 +18,7 @@ class Gather {
 
   // acc: [G][D], written in the order of Elem<T>::load16, or of Wide<T>::load32.
   Gather(const Row<T>& row, Arena& arena, float* acc)
-      : row(row), g(row.geometry), acc(acc), limit(chunk_rows(g)), row_lines(lines_of(g)), line_limit(max_lines(g)) {
+      : row(row), g(row.geometry), acc(acc), limit(chunk_rows(g)), line_limit(max_lines(g)) {
     for (Chunk& c : chunks) {
       c.rows = arena.take<const T*>(limit);
       c.lines = arena.take<const char*>(line_limit);
@@ -50,16 +50,15 @@ class Gather {
     const char** lines;      // of the rows, in address order
     float* list_weights;     // [G][limit]
     const T* run = nullptr;  // a list where it is null
+    bool tiled = false;      // a list of V rows that lie in tiles
     RowWeights weights;
     int n = 0, num_lines = 0;
   };
 
-  static constexpr int kLine = 64 / static_cast<int>(sizeof(T));  // elements
-
   const Row<T>& row;
   const Geometry<T>& g;
   float* acc;
-  const int limit, row_lines, line_limit;
+  const int limit, line_limit;
   Chunk chunks[2];
   int filling = 0;
 
@@ -67,8 +66,8 @@ class Gather {
   static int chunk_rows(const Geometry<T>& g) {
     return std::max<int>(kChunkBytes / (g.D * static_cast<int>(sizeof(T))) & ~7, 8);
   }
-  static int lines_of(const Geometry<T>& g) { return (g.D + kLine - 1) / kLine; }
-  static int max_lines(const Geometry<T>& g) { return chunk_rows(g) * lines_of(g) + 16; }
+  // Of a chunk; a row in tiles fills half of each.
+  static int max_lines(const Geometry<T>& g) { return chunk_rows(g) * g.row_lines() * (kTiled<T> ? 2 : 1) + 16; }
 
   static const char* bytes(const T* p) { return reinterpret_cast<const char*>(p); }
 
@@ -78,11 +77,17 @@ class Gather {
     if (now.n)
       add(now, next);
     else
-      for (int r = 0; r < next.n; r++)
-        for (int d = 0; d < g.D; d += kLine) prefetch(bytes((next.run ? next.run + r * g.D : next.rows[r]) + d));
+      start(next);
     now.n = now.num_lines = 0;
     now.run = nullptr;
     filling ^= 1;
+  }
+
+  // Prefetches a chunk that follows no other.
+  void start(const Chunk& c) const {
+    for (int i = 0; i < c.num_lines; i++) prefetch(c.lines[i]);
+    if (c.run)
+      for (int d = 0; d < c.n * g.D; d += kLine<T>) prefetch(bytes(c.run + d));
   }
 
   void add(Chunk& now, Chunk& next) {
@@ -104,10 +109,10 @@ class Gather {
         else
           add_tile<GT>(rows, now.n, w, sums, NoLines{});
       };
-      if (run)
-        with(RowRun<T>{now.run, g.D}, LineRun{bytes(next.run)});
-      else
-        with(RowList<T>{now.rows}, LineList{next.lines});
+      if (run) return with(RowRun<T>(now.run, g.D), LineRun{bytes(next.run)});
+      if constexpr (kTiled<T>)
+        if (now.tiled) return with(TiledRowList{now.rows, row.v_line_stride()}, LineList{next.lines});
+      with(RowList<T>(now.rows), LineList{next.lines});
     });
   }
 
@@ -118,26 +123,30 @@ class Gather {
     value_chunk_avx512<T, GT>(rows, g.D, n, w, sums, ahead);
   }
 
-  void push(Chunk& c, const T* v) const {
+  // A row of so many lines, so many elements apart.
+  void push(Chunk& c, const T* v, int num_lines, int stride) const {
     c.rows[c.n++] = v;
-    const __m256i four = _mm256_setr_epi64x(0, 64, 128, 192);
-    for (int line = 0; line < row_lines; line += 4)
+    const int64_t step = stride * static_cast<int64_t>(sizeof(T));
+    const __m256i four = _mm256_setr_epi64x(0, step, 2 * step, 3 * step);
+    for (int line = 0; line < num_lines; line += 4) {
+      const int64_t at = reinterpret_cast<int64_t>(bytes(v)) + line * step;
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(c.lines + c.num_lines + line),
-                          _mm256_add_epi64(_mm256_set1_epi64x(reinterpret_cast<int64_t>(bytes(v) + 64 * line)), four));
-    c.num_lines += row_lines;
+                          _mm256_add_epi64(_mm256_set1_epi64x(at), four));
+    }
+    c.num_lines += num_lines;
   }
 
   // A run beside a list is read as one.
   void list(Chunk& c) const {
     if (!c.run) return;
     const int n = c.n;
-    for (c.n = 0; c.n < n;) push(c, c.run + static_cast<size_t>(c.n) * g.D);
+    for (c.n = 0; c.n < n;) push(c, c.run + static_cast<size_t>(c.n) * g.D, g.row_lines(), kLine<T>);
     c.run = nullptr;
   }
 
   void add_rows(int i) {
     const auto [block, in_block] = g.locate(i);
-    const T* v = row.v_row(block, in_block * g.group_size);
+    const int first = in_block * g.group_size, num_lines = row.v_lines(), stride = row.v_line_stride();
     const float *p = row.p_of_group(i), *scale = row.scale + i;
     int slots[64], n = 0;
     for (uint64_t bits = row.mask[i]; bits; bits &= bits - 1) slots[n++] = __builtin_ctzll(bits);
@@ -151,7 +160,8 @@ class Gather {
         for (int j = 0; j < count; j++) to[j] = from[some[j]] * factor;
       }
       c.weights = {c.list_weights, &kOne, limit, 0};
-      for (int j = 0; j < count; j++) push(c, v + static_cast<size_t>(some[j]) * g.D);
+      c.tiled = kTiled<T>;
+      for (int j = 0; j < count; j++) push(c, row.v_row(block, first + some[j]), num_lines, stride);
       if (c.n == limit) flip();
       done += count;
     }
@@ -190,13 +200,15 @@ class Gather {
   }
 
   void add_means(int begin, int end) {
+    if (kTiled<T> && chunks[filling].n) flip();  // means do not lie in tiles
     for (int i = begin; i < end; i++) {
       if (row.mask[i] && row.reads_whole(i)) continue;
       Chunk& c = chunks[filling];
       for (int h = 0; h < g.G; h++)
         c.list_weights[h * limit + c.n] = row.limit[static_cast<size_t>(h) * row.stride + i];
       c.weights = {c.list_weights, &kOne, limit, 0};
-      push(c, row.mean(i));
+      c.tiled = false;
+      push(c, row.mean(i), g.row_lines(), kLine<T>);
       if (c.n == limit) flip();
     }
   }

@@ -7,7 +7,7 @@
 extern "C" {
 
 // Changes with every change of the structs; Python refuses another number.
-EXPORT int32_t topt_abi_version() { return 4; }
+EXPORT int32_t topt_abi_version() { return 5; }
 
 EXPORT int32_t topt_cpu_supported() {
   __builtin_cpu_init();

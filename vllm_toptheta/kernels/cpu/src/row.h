@@ -5,12 +5,14 @@
 #include <type_traits>
 
 #include "arena.h"
-#include "tiles_avx512.h"
+#include "tiles_amx.h"
 
 namespace topt {
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr int kNumWeights = 5;
+template <class T>
+constexpr int kLine = 64 / static_cast<int>(sizeof(T));  // elements
 
 // Positions or groups [begin, end).
 struct Span {
@@ -49,6 +51,8 @@ struct Geometry {
     const int block = static_cast<int>(group * block_of_group >> 32);
     return {block, group - block * groups_per_block};
   }
+
+  int row_lines() const { return (D + kLine<T> - 1) / kLine<T>; }
 
   int max_tile_heads() const { return wide ? kMaxWideTileHeads : kMaxTileHeads; }
   int tile_begin(int tile) const { return tile * tile_heads + std::min(tile, wider_tiles); }
@@ -100,7 +104,7 @@ struct Row {
 
   // Whether the gather walks over all V rows of a group.
   bool reads_whole(int group) const {
-    return group >= whole.begin && group < whole.end && __builtin_popcountll(mask[group]) >= whole_from;
+    return !kTiled<T> && group >= whole.begin && group < whole.end && __builtin_popcountll(mask[group]) >= whole_from;
   }
 
   Row(const Geometry<T>& g, int seq, int kv_head) : geometry(g), seq(seq), kv_head(kv_head) {
@@ -151,9 +155,13 @@ struct Row {
     const ToptDecodeArgs& a = geometry.a;
     return static_cast<const T*>(a.kv_cache) + int64_t{table()[block]} * a.block_stride + kv_head * a.head_stride;
   }
+  // A V row's first element, the cache lines it lies in, and the elements from one to the next.
   const T* v_row(int block, int slot) const {
-    return page(block) + static_cast<size_t>(geometry.B + slot) * geometry.D;
+    const T* v = page(block) + static_cast<size_t>(geometry.B) * geometry.D;
+    return kTiled<T> ? v + slot / 2 * 32 + slot % 2 : v + static_cast<size_t>(slot) * geometry.D;
   }
+  int v_lines() const { return kTiled<T> ? geometry.D / 16 : geometry.row_lines(); }
+  int v_line_stride() const { return kTiled<T> ? 16 * geometry.B : kLine<T>; }
   const T* mean(int group) const {
     const auto [block, i] = geometry.locate(group);
     return page(block) + static_cast<size_t>(2 * geometry.B + i) * geometry.D;

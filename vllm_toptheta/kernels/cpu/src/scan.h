@@ -59,6 +59,7 @@ class Scan {
   // them; the first tile of heads prefetches the chunk that follows, or the one behind it for AVX-512, which is done
   // with a chunk before the next one can arrive.
   void score(int block, const Span& visible, const char* after) const {
+    if constexpr (kTiled<T>) return score_tiled(block, visible, after);
     const T* k = row.page(block);
     const int D = g.D, B = g.B, unit = g.wide ? 32 : 16;
     const int begin = visible.begin & -unit, end = (visible.end + unit - 1) & -unit;
@@ -85,6 +86,30 @@ class Scan {
             chunk, B, tile_q, dims, first, last, s, B, begin, end, ahead);
       });
     }
+  }
+
+  // The same for a page in tiles, whose keys lie in address order.
+  void score_tiled(int block, const Span& visible, const char* after) const {
+    const T* k = row.page(block);
+    const int begin = visible.begin & -16, end = (visible.end + 15) & -16;
+    const size_t token = g.D * sizeof(T), size = token * g.B;
+    const auto fetch = [=](int t) {
+      const size_t ahead = t * token + 2 * kChunkBytes;
+      return ahead < size ? reinterpret_cast<const char*>(k) + ahead : after + (ahead - size);
+    };
+    g.for_tiles([&](int g0, auto heads) {
+      constexpr int GT = decltype(heads)::value;
+      const float* tile_q = q + static_cast<size_t>(g0) * g.D;
+      float* s = row.p_of(block, g0);
+      if constexpr (GT <= kMaxTileHeads)
+        if (!g.wide) {
+          g0 == 0 ? score_page_amx<GT, true>(k, tile_q, g.D, s, g.B, begin, end, fetch)
+                  : score_page_amx<GT, false>(k, tile_q, g.D, s, g.B, begin, end, fetch);
+          return;
+        }
+      g0 == 0 ? score_page_amx_avx512<GT, true>(k, tile_q, g.D, s, g.B, begin, end, fetch)
+              : score_page_amx_avx512<GT, false>(k, tile_q, g.D, s, g.B, begin, end, fetch);
+    });
   }
 
   // From scores to exponentials, a group at a time.

@@ -207,14 +207,14 @@ class Select {
   // What the gather will read of a group. Returns the number of lines of V.
   int fetch_kept(int i) const {
     const auto [block, in_block] = g.locate(i);
-    const T* v = row.v_row(block, in_block * g.group_size);
     const float* p = row.p_of_group(i);
     int lines = 0;
     for (uint64_t bits = row.mask[i]; bits; bits &= bits - 1) {
       const int slot = __builtin_ctzll(bits);
       for (int h = 0; h < g.G; h++) prefetch(reinterpret_cast<const char*>(p + static_cast<size_t>(h) * g.B + slot));
-      const char* of_row = reinterpret_cast<const char*>(v + static_cast<size_t>(slot) * g.D);
-      for (int d = 0; d < g.D * static_cast<int>(sizeof(T)); d += 64, lines++) prefetch_stream(of_row + d);
+      const T* v = row.v_row(block, in_block * g.group_size + slot);
+      for (int i = 0; i < row.v_lines(); i++, lines++)
+        prefetch_stream(reinterpret_cast<const char*>(v + i * row.v_line_stride()));
     }
     return lines;
   }

@@ -20,6 +20,14 @@ struct bf16 {
 struct fp16 {
   uint16_t bits;
 };
+// bf16 in a cache whose pages lie in AMX tiles (layout.py); queries, outputs and means lie as ever.
+struct tiled_bf16 {
+  uint16_t bits;
+};
+template <class T>
+constexpr bool kTiled = false;
+template <>
+constexpr bool kTiled<tiled_bf16> = true;
 
 // Sixteen elements as two vectors. `load16` may return them in any order that `unpermute` turns into the natural one:
 // for bf16 that saves the shuffles in the inner loops, which then run once per tile or once per output row.
@@ -62,6 +70,27 @@ struct Elem<fp16> {
   static TOPT_INLINE void store16(fp16* p, __m256 a, __m256 b) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), _mm256_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT));
+  }
+};
+
+template <>
+struct Elem<tiled_bf16> {  // in natural order, as the tiles of the cache give it
+  static TOPT_INLINE __m256 load8(const tiled_bf16* p) {
+    const __m256i x = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
+  }
+  static TOPT_INLINE void load16(const tiled_bf16* p, __m256& a, __m256& b) {
+    a = load8(p);
+    b = load8(p + 8);
+  }
+  static TOPT_INLINE void unpermute(__m256&, __m256&) {}
+  static TOPT_INLINE void store16(tiled_bf16* p, __m256 a, __m256 b) {
+    Elem<bf16>::store16(reinterpret_cast<bf16*>(p), a, b);
+  }
+  // Eight pairs of elements: the first ones, or the second ones.
+  static TOPT_INLINE __m256 first(__m256i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)); }
+  static TOPT_INLINE __m256 second(__m256i x) {
+    return _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
   }
 };
 

@@ -77,18 +77,30 @@ TOPT_TILE const char* score_chunk(const T* k, int k_stride, const float* q, int 
   return ahead;
 }
 
-// Rows of V at consecutive addresses, or anywhere.
+// Rows at consecutive addresses, or anywhere; what they return is read by load16 and load32.
+struct WholeRows {
+  template <class T>
+  static constexpr int lines(int columns) {
+    return columns * static_cast<int>(sizeof(T)) / 64;
+  }
+};
 template <class T>
-struct RowRun {
+struct RowRun : WholeRows {
   const T* first;
   int head_dim;
+  RowRun(const T* first, int head_dim) : first(first), head_dim(head_dim) {}
   TOPT_INLINE const T* operator()(int r) const { return first + static_cast<size_t>(r) * head_dim; }
 };
 template <class T>
-struct RowList {
+struct RowList : WholeRows {
   const T* const* rows;
+  explicit RowList(const T* const* rows) : rows(rows) {}
   TOPT_INLINE const T* operator()(int r) const { return rows[r]; }
 };
+template <class T>
+TOPT_INLINE void load16(const T* row, int column, __m256& a, __m256& b) {
+  Elem<T>::load16(row + column, a, b);
+}
 
 // Cache lines to prefetch: none, consecutive ones, or a list.
 struct NoLines {
@@ -125,15 +137,15 @@ TOPT_INLINE void value_tile(Rows rows, int column, int head_dim, int num_rows, c
   TOPT_UNROLL for (int g = 0; g < GT; g++) TOPT_UNROLL for (int i = 0; i < 2 * NC; i++)
       sum[g][i] = _mm256_setzero_ps();
   constexpr bool kTight = GT * NC > 4;
-  constexpr int kLines = NC * 16 * sizeof(T) * 2 / 64;  // cache lines in two rows
+  constexpr int kLines = Rows::template lines<T>(NC * 16 * 2);  // in two rows
   const float* p = weights.p;
   const int p_stride = weights.p_stride;
   for (int r = 0; r < num_rows; r++) {
     if (!(r & 1)) ahead.fetch(kLines);
-    const T* v = rows(r) + column;
+    const auto row = rows(r);
     TOPT_UNROLL for (int i = 0; i < NC; i++) {
       __m256 x, y;
-      Elem<T>::load16(v + 16 * i, x, y);
+      load16(row, column + 16 * i, x, y);
       TOPT_UNROLL for (int g = 0; g < GT; g++) {
         const __m256 pv = _mm256_broadcast_ss(p + g * p_stride);
         accumulate(sum[g][2 * i], x, pv);

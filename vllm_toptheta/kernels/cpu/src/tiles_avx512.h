@@ -53,6 +53,23 @@ struct Wide<fp16> {
 };
 
 template <>
+struct Wide<tiled_bf16> {
+  TOPT_AVX512 static TOPT_INLINE __m512 load16(const tiled_bf16* p) {
+    const __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+  }
+  TOPT_AVX512 static TOPT_INLINE void load32(const tiled_bf16* p, __m512& a, __m512& b) {
+    a = load16(p);
+    b = load16(p + 16);
+  }
+  TOPT_AVX512 static TOPT_INLINE void unpermute(__m512&, __m512&) {}
+  TOPT_AVX512 static TOPT_INLINE __m512 first(__m512i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
+  TOPT_AVX512 static TOPT_INLINE __m512 second(__m512i x) {
+    return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+};
+
+template <>
 struct Wide<float> {
   TOPT_AVX512 static TOPT_INLINE void load32(const float* p, __m512& a, __m512& b) {
     a = _mm512_loadu_ps(p);
@@ -116,6 +133,11 @@ TOPT_TILE TOPT_AVX512 const char* score_chunk_avx512(const T* k, int k_stride, c
   return ahead;
 }
 
+template <class T>
+TOPT_AVX512 TOPT_INLINE void load32(const T* row, int column, __m512& a, __m512& b) {
+  Wide<T>::load32(row + column, a, b);
+}
+
 // `value_tile` for 32 * NP columns; acc in the order of Wide<T>::load32.
 template <class T, int GT, int NP, class Rows, class Lines>
 TOPT_AVX512 TOPT_INLINE void value_tile_avx512(Rows rows, int column, int head_dim, int num_rows,
@@ -123,14 +145,14 @@ TOPT_AVX512 TOPT_INLINE void value_tile_avx512(Rows rows, int column, int head_d
   __m512 sum[GT][2 * NP];
   TOPT_UNROLL for (int g = 0; g < GT; g++) TOPT_UNROLL for (int i = 0; i < 2 * NP; i++)
       sum[g][i] = _mm512_setzero_ps();
-  constexpr int kLines = NP * 32 * sizeof(T) / 64;  // cache lines in a row
+  constexpr int kLines = Rows::template lines<T>(NP * 32);  // in a row
   const float* p = weights.p;
   const int p_stride = weights.p_stride;
   for (int r = 0; r < num_rows; r++) {
     ahead.fetch(kLines);
-    const T* v = rows(r) + column;
+    const auto row = rows(r);
     __m512 x[2 * NP];
-    TOPT_UNROLL for (int i = 0; i < NP; i++) Wide<T>::load32(v + 32 * i, x[2 * i], x[2 * i + 1]);
+    TOPT_UNROLL for (int i = 0; i < NP; i++) load32(row, column + 32 * i, x[2 * i], x[2 * i + 1]);
     TOPT_UNROLL for (int g = 0; g < GT; g++) {
       const __m512 pv = _mm512_set1_ps(p[g * p_stride]);
       TOPT_UNROLL for (int i = 0; i < 2 * NP; i++) accumulate_wide(sum[g][i], x[i], pv);

@@ -1,5 +1,5 @@
 // Mean V of every group of tokens that a cache write has completed.
-#include "simd_avx2.h"
+#include "tiles_amx.h"
 
 namespace topt {
 namespace {
@@ -16,14 +16,17 @@ int32_t update_v_means(const ToptMeansArgs& a) {
     const int group = static_cast<int>(slot % B) / size;
     for (int h = 0; h < a.num_kv_heads; h++) {
       T* page = static_cast<T*>(a.kv_cache) + slot / B * a.block_stride + h * a.head_stride;
-      const T* v = page + static_cast<size_t>(B + group * size) * D;
+      const T* v = page + static_cast<size_t>(B) * D + group * size * (kTiled<T> ? 16 : D);
       T* mean = page + static_cast<size_t>(2 * B + group) * D;
       const __m256 share = _mm256_set1_ps(1.0f / size);
       for (int d = 0; d < D; d += 16) {
         __m256 a0 = _mm256_setzero_ps(), a1 = a0;
         for (int r = 0; r < size; r++) {
           __m256 x, y;
-          Elem<T>::load16(v + static_cast<size_t>(r) * D + d, x, y);
+          if constexpr (kTiled<T>)
+            load16(TiledRow{v + r / 2 * 32 + r % 2, 16 * B}, d, x, y);
+          else
+            load16(v + static_cast<size_t>(r) * D, d, x, y);
           a0 = _mm256_add_ps(a0, x);
           a1 = _mm256_add_ps(a1, y);
         }
@@ -40,7 +43,8 @@ int32_t update_v_means(const ToptMeansArgs& a) {
 
 int32_t topt_update_v_means_avx2(const ToptMeansArgs& args) {
   switch (args.dtype) {
-    case kBFloat16: return topt::update_v_means<topt::bf16>(args);
+    case kBFloat16:
+      return args.amx ? topt::update_v_means<topt::tiled_bf16>(args) : topt::update_v_means<topt::bf16>(args);
     case kFloat16: return topt::update_v_means<topt::fp16>(args);
     case kFloat32: return topt::update_v_means<float>(args);
   }
