@@ -292,14 +292,40 @@ def test_hosts_with_avx512_keep_unpruned_prompts_on_cpu_attn_and_say_so(
     assert ["CPU_ATTN" in line for line in lines] == [True] * avx512
 
 
-def test_amx_hosts_keep_all_prompts_on_cpu_attn_and_say_so(
+@pytest.mark.parametrize("phases", ["decode", "prefill"])
+def test_dense_decode_rows_run_on_cpu_attn_where_that_is_faster(
+    monkeypatch: pytest.MonkeyPatch, vllm_config: VllmConfig, phases: str
+) -> None:
+    monkeypatch.setattr(cpu, "stock_decodes_are_faster", lambda packing: True)
+    calls = []
+    stock = cpu_attn.CPUAttentionBackendImpl.forward
+
+    def count(self: object, layer: object, query: torch.Tensor, *args: object) -> torch.Tensor:
+        calls.append(len(query))
+        return stock(self, layer, query, *args)  # type: ignore[arg-type, return-value]
+
+    monkeypatch.setattr(cpu_attn.CPUAttentionBackendImpl, "forward", count)
+    engine = Engine(monkeypatch, vllm_config, phases, False)
+    batch = Batch([0, 1, CHUNK])
+    metadata, counts = engine.step(batch)
+    check(batch, counts, phases, metadata)
+    # Of the first layer the short row, of the dense one both.
+    assert calls == ([1, 2] if phases == "decode" else [2, 2])
+
+
+def test_amx_hosts_keep_stock_pages_prompts_and_dense_rows_on_cpu_attn_and_say_so(
     monkeypatch: pytest.MonkeyPatch, vllm_config: VllmConfig
 ) -> None:
     assert cpu.stock_prompts_are_faster("amx", "native")
+    assert cpu.stock_decodes_are_faster("amx")
+    assert not cpu.stock_decodes_are_faster("vec")
     engine, lines = Engine(monkeypatch, vllm_config, "both", True), []
     monkeypatch.setattr(cpu.logger, "info_once", lines.append)
-    engine.builder.packing = "amx"
-    engine.builder._choose_prompt_kernels()
+    engine.builder.isa = "amx"
+    assert engine.builder.packing == "amx"
+    engine.builder._choose_stock_kernels()
+    assert engine.builder.stock_decodes
+    engine.builder.isa = "vec"  # the processor here need not have AMX
     metadata, counts = engine.step(Batch([0, CHUNK]))
     assert metadata.prompts is None
     assert counts[1] == dict.fromkeys(FIELDS, 0) | {"dense_prefill": 20 * HEADS * len(NAMES)}

@@ -92,6 +92,7 @@ def decode_step(table: torch.Tensor, lens: list[int], dense: bool) -> DecodeStep
         num_kept=torch.empty((1, rows, KV_HEADS), dtype=torch.int32),
         kept_mass=torch.empty(1, rows, HEADS),
         lifts=torch.empty((1, rows, KV_HEADS), dtype=torch.int32),
+        stock=[None],
     )
 
 

@@ -3,7 +3,8 @@
 By default only tokens that a request generates are pruned: prompt tokens, also a single one left
 over by the prefix cache, take the prefill kernel's dense path; with `phases` "prefill" or "both"
 they are pruned. Either way a prompt's KV does not depend on how it was chunked or cached. Where
-vLLM's own kernel is faster, steps whose prompts are not pruned run on that instead.
+vLLM's own kernel is faster, steps whose prompts are not pruned run on that instead, and so do
+decode rows that keep everything.
 """
 
 from dataclasses import dataclass
@@ -24,8 +25,8 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-from vllm_toptheta.backend.cpu_step import DecodeStep, StepCounts
-from vllm_toptheta.backend.dial import Dial, rest_of_batch, row_options
+from vllm_toptheta.backend.cpu_step import DecodeStep, StepCounts, StockRows
+from vllm_toptheta.backend.dial import Dial, rest_of_batch, row_options, single_rows_of_batch
 from vllm_toptheta.backend.heads import publish_heads
 from vllm_toptheta.backend.plan import Plan
 from vllm_toptheta.backend.prompts import PromptRows, dense_prompts, plan_prompts
@@ -134,20 +135,21 @@ class TopThetaCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         self.dial = Dial(self.plan, layers, windows, first_head, self.num_heads)
         for slot, impl in enumerate(impls):
             impl.bind(slot, layout, self.dial.weights[slot], means=self.plan.needs_means)
-        self._choose_prompt_kernels()
+        self._choose_stock_kernels()
         of_model = self.plan.identity
         self.first_replica = first_head % (of_model.num_heads // of_model.num_kv_heads) == 0
         self.heads = publish_heads(layers, first_head, self.num_heads, self.num_kv_heads)
         install_on_worker(vllm_config, count=self.plan.config.telemetry)
 
-    def _set_isa_to_layers(self, layer_names: list[str]) -> None:
-        self.packing: Packing = packing_of(self.isa)
-        if self.isa == "amx":
-            self.isa = self.packing
-        super()._set_isa_to_layers(layer_names)
+    @property
+    def packing(self) -> Packing:
+        """How K and V lie in the pages: as stock's kernels want them."""
+        return "amx" if self.isa == "amx" else "vec"
 
-    def _choose_prompt_kernels(self) -> None:
-        """Decide what runs prompts here: ours where it prunes them, or is faster."""
+    def _choose_stock_kernels(self) -> None:
+        """Decide what vLLM's kernels run here: prompts that ours neither prunes nor runs faster,
+        and dense decode rows."""
+        self.stock_decodes = stock_decodes_are_faster(self.packing)
         self.prunes_prompts = self.plan.targets.prefill is not None and self.packing != "amx"
         self.stock_prompts = stock_prompts_are_faster(self.packing, available_target().target)
         if self.plan.targets.prefill is not None and not self.prunes_prompts:
@@ -232,7 +234,26 @@ class TopThetaCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             num_kept=torch.empty(per_kv_head, dtype=torch.int32),
             kept_mass=torch.empty((*per_kv_head[:2], self.num_heads)),
             lifts=torch.empty(per_kv_head, dtype=torch.int32),
+            stock=[None] * self.num_layers,
         )
+        if self.stock_decodes and rows.dense.any():
+            self._give_to_stock(cam, counts.decode)
+
+    def _give_to_stock(self, cam: CommonAttentionMetadata, decode: DecodeStep) -> None:
+        """Let CPU_ATTN run the rows that are dense."""
+        masks, which = decode.dense.unique(dim=0, return_inverse=True)
+        of_mask: list[StockRows | None] = []
+        for mask in masks:
+            rows = mask.nonzero().flatten()
+            if not len(rows):
+                of_mask.append(None)
+                continue
+            metadata = super().build(0, single_rows_of_batch(cam, rows))
+            others = decode.seq_lens.masked_fill(mask, 0)
+            of_mask.append(StockRows(None if mask.all() else rows, metadata, others))
+        decode.stock = [of_mask[i] for i in which.tolist()]
+        decode.kept_mass.fill_(1)
+        decode.lifts.zero_()
 
 
 class TopThetaCPUImpl(CPUAttentionBackendImpl):
@@ -317,26 +338,7 @@ class TopThetaCPUImpl(CPUAttentionBackendImpl):
         num_decodes = 0
         if (decode := attn_metadata.decode) is not None:
             num_decodes = decode.num_decodes
-            decode_attention(
-                query[:num_decodes],
-                kv_cache,
-                self.layout,
-                decode.block_table,
-                decode.seq_lens,
-                decode.log_min_prob[self.slot],
-                decode.min_mass,
-                sm_scale=self.sm_scale,
-                dense=decode.dense[self.slot],
-                weights=self.weights,
-                window=self.window,
-                soft_cap=self.soft_cap,
-                sinks=sinks,
-                out=output[:num_decodes],
-                num_kept=decode.num_kept[self.slot],
-                kept_mass=decode.kept_mass[self.slot],
-                lifts=decode.lifts[self.slot],
-                target=self.target,
-            )
+            self._decode(layer, query[:num_decodes], kv_cache, decode, sinks, output[:num_decodes])
         if (prompts := attn_metadata.prompts) is not None:
             rest = slice(num_decodes, attn_metadata.num_actual_tokens)
             prefill_attention(
@@ -360,28 +362,68 @@ class TopThetaCPUImpl(CPUAttentionBackendImpl):
             )
         if attn_metadata.prefill is not None:
             rest = slice(num_decodes, attn_metadata.num_actual_tokens)
-            super().forward(
-                layer,
-                query[rest],
-                key,
-                value,
-                self._kv_only(kv_cache),
-                attn_metadata.prefill,
-                output[rest],
-                output_scale,
-                output_block_scale,
-            )
+            self._stock(layer, query[rest], kv_cache, attn_metadata.prefill, output[rest])
         return output
 
+    def _decode(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        decode: DecodeStep,
+        sinks: torch.Tensor | None,
+        out: torch.Tensor,
+    ) -> None:
+        stock = decode.stock[self.slot]
+        if stock is not None and stock.rows is None:
+            self._stock(layer, query, kv_cache, stock.metadata, out)
+            return
+        decode_attention(
+            query,
+            kv_cache,
+            self.layout,
+            decode.block_table,
+            decode.seq_lens if stock is None else stock.others,
+            decode.log_min_prob[self.slot],
+            decode.min_mass,
+            sm_scale=self.sm_scale,
+            dense=decode.dense[self.slot],
+            weights=self.weights,
+            window=self.window,
+            soft_cap=self.soft_cap,
+            sinks=sinks,
+            out=out,
+            num_kept=decode.num_kept[self.slot],
+            kept_mass=decode.kept_mass[self.slot],
+            lifts=decode.lifts[self.slot],
+            target=self.target,
+        )
+        if stock is not None:
+            some = torch.empty_like(out[stock.rows])
+            self._stock(layer, query[stock.rows], kv_cache, stock.metadata, some)
+            out[stock.rows] = some
 
-def packing_of(stock_isa: str) -> Packing:
-    """How K and V lie in the pages of this engine.
+    def _stock(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: CPUAttentionMetadata,
+        out: torch.Tensor,
+    ) -> None:
+        """CPU_ATTN; it takes keys and values from the cache."""
+        super().forward(layer, query, None, None, self._kv_only(kv_cache), metadata, out)
+
+
+def stock_decodes_are_faster(packing: Packing) -> bool:
+    """Whether CPU_ATTN runs decode rows that are not pruned faster than our kernel.
+
+    It does where it uses AMX; elsewhere ours is faster (README has both figures).
 
     Args:
-        stock_isa: what vLLM chooses for the layers, by dtype, sizes and processor.
+        packing: of the pages.
     """
-    # With kernels that read AMX tiles: "amx" where stock_isa is.
-    return "vec"
+    return packing == "amx"
 
 
 def stock_prompts_are_faster(packing: Packing, target: Target) -> bool:

@@ -16,6 +16,21 @@ from vllm_toptheta.telemetry.counters import FIELDS, MASS_UNIT
 
 
 @dataclass
+class StockRows:
+    """Decode rows that keep every key and run on CPU_ATTN.
+
+    Attributes:
+        rows: [num_rows] int64, which of the decode rows; None for all of them.
+        metadata: CPU_ATTN's, of these rows.
+        others: [num_decodes] int32, lengths of the other rows, 0 for these.
+    """
+
+    rows: torch.Tensor | None
+    metadata: Any
+    others: torch.Tensor
+
+
+@dataclass
 class DecodeStep:
     """The decode rows of one step, for all layers of one metadata builder.
 
@@ -29,6 +44,7 @@ class DecodeStep:
         num_kept: [num_layers, num_decodes, num_kv_heads] int32, written by the kernel.
         kept_mass: [num_layers, num_decodes, num_heads] float32, written by the kernel.
         lifts: [num_layers, num_decodes, num_kv_heads] int32, written by the kernel.
+        stock: by layer, the rows that our kernel does not take; None where it takes all.
     """
 
     num_decodes: int
@@ -40,6 +56,7 @@ class DecodeStep:
     num_kept: torch.Tensor
     kept_mass: torch.Tensor
     lifts: torch.Tensor
+    stock: list[StockRows | None]
 
 
 _V_COLUMNS = ("v_rows_scored", "v_rows_read", "prefill_v_tiles", "prefill_v_tiles_read")
@@ -108,8 +125,10 @@ class StepCounts:
         """Write the columns of decode rows, and add to the counts per head."""
         where = (self.layers, slice(0, decode.num_decodes))
         group = self.num_heads // self.num_kv_heads
-        lists, mass = decode.num_kept.numpy(), decode.kept_mass.numpy()
-        visible, target = rows.visible.numpy(), rows.target.numpy() * ~decode.dense.numpy()
+        visible, dense, mass = rows.visible.numpy(), decode.dense.numpy(), decode.kept_mass.numpy()
+        target = rows.target.numpy() * ~dense
+        # Of dense rows CPU_ATTN counts nothing.
+        lists = np.where(dense[..., None], visible[..., None], decode.num_kept.numpy())
         read = lists.sum(2, dtype=np.int64)
         columns["rows"][where] = self.num_heads
         columns["keys_scored"][where] = visible * self.num_heads

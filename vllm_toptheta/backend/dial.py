@@ -63,6 +63,26 @@ def rest_of_batch(
     return rest, {row - num_rows: asked for row, asked in options.items() if row >= num_rows}
 
 
+def single_rows_of_batch(cam: Any, rows: Tensor) -> Any:
+    """Some of the requests that have one query token each, as a batch of their own.
+
+    Args:
+        cam: vLLM's `CommonAttentionMetadata` of the whole batch, such requests first.
+        rows: [num_rows] int64, which of them.
+    """
+    starts = torch.arange(len(rows) + 1, dtype=torch.int32)
+    return cam.replace(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=cam.seq_lens[rows],
+        num_reqs=len(rows),
+        num_actual_tokens=len(rows),
+        max_query_len=1,
+        block_table_tensor=cam.block_table_tensor[rows],
+        slot_mapping=cam.slot_mapping[rows],
+    )
+
+
 @dataclass
 class RowPlan:
     """What rows are to do in every layer of one builder. The tensors are the caller's own.
