@@ -17,6 +17,7 @@ from vllm_toptheta.kernels.layout import (
     PROMPT_WEIGHTS,
     UNCALIBRATED_WEIGHTS,
     V_TILE,
+    Packing,
     PageLayout,
 )
 
@@ -32,6 +33,11 @@ KEY_TILE = 128  # of the prompts' kernel
 CHECKED_ROWS = 24  # of a prompt, spread evenly: float64 attention of all rows would take minutes
 # Largest error against float64 that counts as right, relative to the row's largest output.
 MAX_ERROR = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 2e-5}
+
+
+def stock_isa(dtype: torch.dtype, block_size: int, head_dim: int) -> str | None:
+    """What vLLM picks on this machine; None without vLLM."""
+    return None if vllm_ops is None else _get_attn_isa(dtype, block_size, head_dim)
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,8 @@ class Case:
         self.query_start_loc = torch.arange(batch + 1, dtype=torch.int32) * self.query_len
         self.seq_lens = torch.full((batch,), kv_len, dtype=torch.int32)
         self.row_lens = torch.arange(kv_len - self.query_len, kv_len).add(1).repeat(batch)
-        self.layout = PageLayout(block_size, head_dim)
+        packing: Packing = "amx" if stock_isa(query.dtype, block_size, head_dim) == "amx" else "vec"
+        self.layout = PageLayout(block_size, head_dim, packing)
         blocks = -(-kv_len // block_size)
         self.num_blocks = blocks * batch + 1
         order = torch.randperm(self.num_blocks - 1, generator=torch.Generator().manual_seed(1)) + 1
@@ -111,9 +118,7 @@ class Case:
         self.slots = (first + position % block_size).flatten()
         pages = (self.num_blocks, num_kv_heads, block_size, self.layout.content_elements)
         self.pages = torch.zeros(pages, dtype=query.dtype)
-        block, offset = self.slots // block_size, self.slots % block_size
-        self.layout.keys(self.pages)[block, :, offset] = key.flatten(0, 1)
-        self.layout.values(self.pages)[block, :, offset] = value.flatten(0, 1)
+        self.layout.write(self.pages, self.slots, key.flatten(0, 1), value.flatten(0, 1))
         ops.update_v_means(self.pages, self.layout, self.slots, target="native")
         count = min(CHECKED_ROWS, len(query))
         self.checked = torch.linspace(0, len(query) - 1, count).long().unique()
@@ -123,7 +128,7 @@ class Case:
         if vllm_ops is None:
             return None
         dtype, size, head_dim = self.query.dtype, self.layout.block_size, self.layout.head_dim
-        isa = _get_attn_isa(dtype, size, head_dim)
+        isa = stock_isa(dtype, size, head_dim)
         num_kv_heads = self.key.shape[2]
         pages = torch.zeros(self.num_blocks, num_kv_heads, 2 * size, head_dim, dtype=dtype)
         key_cache, value_cache = pages.chunk(2, dim=2)

@@ -135,6 +135,25 @@ class PageLayout:
         tiles = self._part(kv_cache, size * dim, dim // 16, size // 2, 16, 2)
         return tiles.permute(0, 1, 3, 5, 2, 4).reshape(*kv_cache.shape[:2], size, dim)
 
+    def write(self, kv_cache: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
+        """Store K and V of tokens, as vLLM's own writer does.
+
+        Args:
+            kv_cache: pages.
+            slots: [num_tokens] int64.
+            key, value: [num_tokens, num_kv_heads, head_dim].
+        """
+        size, dim = self.block_size, self.head_dim
+        block, slot = slots // size, slots % size
+        if self.packing == "vec":
+            self.keys(kv_cache)[block, :, slot] = key
+            self.values(kv_cache)[block, :, slot] = value
+            return
+        tiles = self._part(kv_cache, 0, size // 16, dim // 2, 16, 2)
+        tiles[block, :, slot // 16, :, slot % 16] = key.unflatten(-1, (-1, 2))
+        pairs = self._part(kv_cache, size * dim, dim // 16, size // 2, 16, 2)
+        pairs[block, :, :, slot // 2, :, slot % 2] = value.unflatten(-1, (-1, 16))
+
     def v_means(self, kv_cache: Tensor) -> Tensor:
         """[num_blocks, num_kv_heads, block_size // group_size, head_dim], a view; valid for
         complete groups, row-major in every packing."""

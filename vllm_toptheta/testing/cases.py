@@ -212,17 +212,7 @@ class Case:
             math.nan,
             dtype=spec.dtype,
         )
-        size, dim = spec.block_size, spec.head_dim
-        for block, key, value in self._blocks():
-            k, v = pages[block].flatten(1)[:, : 2 * size * dim].chunk(2, dim=1)
-            if packing == "vec":
-                k.copy_(key.transpose(1, 2).flatten(1))
-                v.copy_(value.flatten(1))
-                continue
-            tiles = key.unflatten(1, (-1, 16)).unflatten(3, (-1, 2))
-            k.copy_(tiles.transpose(2, 3).flatten(1))
-            pairs = value.unflatten(1, (-1, 2)).unflatten(3, (-1, 16))
-            v.copy_(pairs.permute(0, 3, 1, 4, 2).flatten(1))
+        layout.write(pages, self.slots(), torch.cat(self.keys), torch.cat(self.values))
         return pages, layout
 
     def gpu_pages(self, *, head_major: bool = False) -> Tensor:
@@ -235,38 +225,18 @@ class Case:
         spec = self.spec
         shape = (self.num_blocks, spec.num_kv_heads, spec.block_size, 2 * spec.head_dim)
         pages = torch.full(shape, math.nan)
-        for block, key, value in self._blocks():
-            pages[block] = torch.cat([key, value], -1).float()
+        block, slot = self.slots() // spec.block_size, self.slots() % spec.block_size
+        both = torch.cat([torch.cat(self.keys), torch.cat(self.values)], -1)
+        pages[block, :, slot] = both.float()
         stored = pages.to(spec.cache_dtype or spec.dtype)
         return stored if head_major else stored.transpose(1, 2).contiguous().transpose(1, 2)
 
     def slots(self) -> Tensor:
         """Slots of all cached tokens, as one slot_mapping, int64."""
         size = self.spec.block_size
-        positions = [
-            (seq, position) for seq, n in enumerate(self.spec.lens) for position in range(n)
-        ]
-        return torch.tensor(
-            [int(self.block_table[s, p // size]) * size + p % size for s, p in positions],
-            dtype=torch.int64,
-        )
-
-    def _blocks(self) -> list[tuple[int, Tensor, Tensor]]:
-        """(block, key, value), both [num_kv_heads, block_size, head_dim], NaN behind the end."""
-        size = self.spec.block_size
-        found = []
-        for seq, n in enumerate(self.spec.lens):
-            pad = (0, 0, 0, 0, 0, -n % size)
-            padded = [
-                torch.nn.functional.pad(x[seq].float(), pad, value=math.nan).to(x[seq].dtype)
-                for x in (self.keys, self.values)
-            ]
-            for i, (key, value) in enumerate(
-                zip(*(x.split(size) if n else () for x in padded), strict=True)
-            ):
-                block = int(self.block_table[seq, i])
-                found.append((block, key.transpose(0, 1), value.transpose(0, 1)))
-        return found
+        position = [torch.arange(n) for n in self.spec.lens]
+        table = self.block_table.long()
+        return torch.cat([table[s, p // size] * size + p % size for s, p in enumerate(position)])
 
 
 def make_case(spec: Spec, *, num_spare_blocks: int = 3) -> Case:

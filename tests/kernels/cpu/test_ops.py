@@ -125,15 +125,6 @@ def test_an_empty_batch_is_nothing_to_do(target: ops.Target) -> None:
     ops.decode_attention(**{**given, "target": target})  # type: ignore[arg-type]
 
 
-@needs_native
-def test_pages_in_amx_tiles_are_refused() -> None:
-    given = arguments()
-    kv_cache = given["kv_cache"]
-    assert isinstance(kv_cache, Tensor)
-    with pytest.raises(RuntimeError, match='packing "vec"'):
-        native.update_v_means(kv_cache, PageLayout(64, 64, "amx"), torch.arange(3))
-
-
 def test_a_missing_library_is_named_and_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     missing = native.load_library(Path("/nonexistent/libmissing.so"))
     monkeypatch.setattr(native, "load_native", lambda: missing)

@@ -50,6 +50,7 @@ class Gather {
     const char** lines;      // of the rows, in address order
     float* list_weights;     // [G][limit]
     const T* run = nullptr;  // a list where it is null
+    const char* ahead;       // of a run: what to prefetch beside it
     bool tiled = false;      // a list of V rows that lie in tiles
     RowWeights weights;
     int n = 0, num_lines = 0;
@@ -109,7 +110,7 @@ class Gather {
         else
           add_tile<GT>(rows, now.n, w, sums, NoLines{});
       };
-      if (run) return with(RowRun<T>(now.run, g.D), LineRun{bytes(next.run)});
+      if (run) return with(RowRun<T>(now.run, g.D), LineRun{now.ahead ? now.ahead : bytes(next.run)});
       if constexpr (kTiled<T>)
         if (now.tiled) return with(TiledRowList{now.rows, row.v_line_stride()}, LineList{next.lines});
       with(RowList<T>(now.rows), LineList{next.lines});
@@ -180,8 +181,16 @@ class Gather {
       c.run = row.v_row(block, in_block * size + r);
       c.weights = {p + r, full ? row.scale + i : &kOne, g.B, full ? row.stride : 0};
       c.n = std::min(limit, size - r);
+      c.ahead = row.dense ? further(block, static_cast<size_t>(in_block * size + r) * g.D * sizeof(T)) : nullptr;
       flip();
     }
+  }
+
+  // V of a dense row behind a byte of a block's V, as far ahead as the scan is.
+  const char* further(int block, size_t byte) const {
+    const size_t size = static_cast<size_t>(g.D) * g.B * sizeof(T);
+    for (byte += (g.wide ? 3 : 1) * kChunkBytes; byte >= size; byte -= size) block++;
+    return bytes(row.v_row(std::min(block, row.num_blocks - 1), 0)) + byte;
   }
 
   // Exponentials of a group to weights.

@@ -1,6 +1,8 @@
 // One row of decode attention: the query heads of one (sequence, kv head), its pages, and what is known about its keys.
 #pragma once
 
+#include <unistd.h>
+
 #include <cmath>
 #include <type_traits>
 
@@ -13,6 +15,12 @@ constexpr float kLog2E = 1.4426950408889634f;
 constexpr int kNumWeights = 5;
 template <class T>
 constexpr int kLine = 64 / static_cast<int>(sizeof(T));  // elements
+
+// Whether L1 holds a stream of three chunks beside what is being computed.
+inline bool large_l1() {
+  static const bool large = sysconf(_SC_LEVEL1_DCACHE_SIZE) >= 48 * 1024;
+  return large;
+}
 
 // Positions or groups [begin, end).
 struct Span {
@@ -35,6 +43,7 @@ struct Geometry {
         groups_per_block(B / group_size),
         block_of_group((uint64_t{1} << 32) / groups_per_block + 1),
         wide(a.avx512 && D % 32 == 0 && B % 32 == 0),
+        near(large_l1()),
         num_tiles((G + max_tile_heads() - 1) / max_tile_heads()),
         tile_heads(G / num_tiles),
         wider_tiles(G % num_tiles) {}
@@ -44,6 +53,7 @@ struct Geometry {
   const int group_size, groups_per_block;
   const uint64_t block_of_group;      // a group times this, shifted by 32, is its block: divisions are slow
   const bool wide;                    // AVX-512: inner loops and the order of accumulators are those of Wide<T>
+  const bool near;                    // what is read soon is prefetched into L1
   const int num_tiles;                // runs of at most max_tile_heads() heads that are computed together
   const int tile_heads, wider_tiles;  // heads in a tile; the first tiles have one more
 

@@ -36,13 +36,13 @@ class Scan {
   }
 
   // Blocks [begin, end) of the row.
-  void run(int begin, int end) const {
+  void run(int begin, int end) {
     for (int b = begin; b < end; b++) {
       const int at = (row.first_block + b) * g.B;
       const Span visible = {std::max(row.visible.begin - at, 0), std::min(row.visible.end - at, g.B)};
-      const char* next = reinterpret_cast<const char*>(row.page(b + 1 < end ? b + 1 : b));
-      score(b, visible, next);
-      finish(b, visible, next + kChunkBytes);
+      last_block = end - 1;
+      score(b, visible);
+      finish(b, visible);
     }
   }
 
@@ -52,14 +52,22 @@ class Scan {
   const ToptDecodeArgs& a;
   float* q;            // tiles of [D][tile heads]
   float *max, *sum;    // [G][groups of a page]
+  int last_block = 0;  // of the run
 
   static int padded_groups(const Geometry<T>& g) { return (g.G * g.groups_per_block + 7) & ~7; }
 
+  // What to prefetch while a byte of a block's K is read: K of this block or of those behind it. AVX-512 needs it from
+  // further on, because it is done with a chunk before the next one can arrive.
+  LineStream ahead(int block, size_t byte) const {
+    const size_t size = static_cast<size_t>(g.D) * g.B * sizeof(T);
+    for (byte += (g.wide ? 3 : 1) * kChunkBytes; byte >= size; byte -= size) block++;
+    return {reinterpret_cast<const char*>(row.page(std::min(block, last_block))) + byte, g.near};
+  }
+
   // Scores of all heads with the visible keys of a page. K is cut into chunks that stay in L1 while all heads use
-  // them; the first tile of heads prefetches the chunk that follows, or the one behind it for AVX-512, which is done
-  // with a chunk before the next one can arrive.
-  void score(int block, const Span& visible, const char* after) const {
-    if constexpr (kTiled<T>) return score_tiled(block, visible, after);
+  // them; the first tile of heads prefetches.
+  void score(int block, const Span& visible) const {
+    if constexpr (kTiled<T>) return score_tiled(block, visible);
     const T* k = row.page(block);
     const int D = g.D, B = g.B, unit = g.wide ? 32 : 16;
     const int begin = visible.begin & -unit, end = (visible.end + unit - 1) & -unit;
@@ -69,51 +77,41 @@ class Scan {
       const int dims = std::min(step, D - d);
       const bool first = d == 0, last = d + dims == D;
       const T* chunk = k + static_cast<size_t>(d) * B;
-      const int later = d + (g.wide ? 2 : 1) * step;
-      const char* ahead = later < D ? reinterpret_cast<const char*>(k + static_cast<size_t>(later) * B)
-                                    : after + static_cast<size_t>(later - D) * B * sizeof(T);
+      const LineStream next = ahead(block, static_cast<size_t>(d) * B * sizeof(T));
       g.for_tiles([&](int g0, auto heads) {
         constexpr int GT = decltype(heads)::value;
         const float* tile_q = q + static_cast<size_t>(g0) * D + static_cast<size_t>(d) * GT;
         float* s = row.p_of(block, g0);
-        if constexpr (GT <= kMaxTileHeads)
-          if (!g.wide) {
-            (g0 == 0 ? score_chunk<T, GT, true> : score_chunk<T, GT, false>)(chunk, B, tile_q, dims, first, last, s, B,
-                                                                             begin, end, ahead);
-            return;
-          }
-        (g0 == 0 ? score_chunk_avx512<T, GT, true> : score_chunk_avx512<T, GT, false>)(
-            chunk, B, tile_q, dims, first, last, s, B, begin, end, ahead);
+        const auto run = [&](auto lines) {
+          if constexpr (GT <= kMaxTileHeads)
+            if (!g.wide) return score_chunk<T, GT>(chunk, B, tile_q, dims, first, last, s, B, begin, end, lines);
+          score_chunk_avx512<T, GT>(chunk, B, tile_q, dims, first, last, s, B, begin, end, lines);
+        };
+        if (g0 == 0)
+          run(next);
+        else
+          run(NoLines{});
       });
     }
   }
 
   // The same for a page in tiles, whose keys lie in address order.
-  void score_tiled(int block, const Span& visible, const char* after) const {
+  void score_tiled(int block, const Span& visible) const {
     const T* k = row.page(block);
     const int begin = visible.begin & -16, end = (visible.end + 15) & -16;
-    const size_t token = g.D * sizeof(T), size = token * g.B;
-    const auto fetch = [=](int t) {
-      const size_t ahead = t * token + 2 * kChunkBytes;
-      return ahead < size ? reinterpret_cast<const char*>(k) + ahead : after + (ahead - size);
-    };
+    const auto fetch = [&](int t) { return ahead(block, t * g.D * sizeof(T)); };
     g.for_tiles([&](int g0, auto heads) {
       constexpr int GT = decltype(heads)::value;
       const float* tile_q = q + static_cast<size_t>(g0) * g.D;
       float* s = row.p_of(block, g0);
       if constexpr (GT <= kMaxTileHeads)
-        if (!g.wide) {
-          g0 == 0 ? score_page_amx<GT, true>(k, tile_q, g.D, s, g.B, begin, end, fetch)
-                  : score_page_amx<GT, false>(k, tile_q, g.D, s, g.B, begin, end, fetch);
-          return;
-        }
-      g0 == 0 ? score_page_amx_avx512<GT, true>(k, tile_q, g.D, s, g.B, begin, end, fetch)
-              : score_page_amx_avx512<GT, false>(k, tile_q, g.D, s, g.B, begin, end, fetch);
+        if (!g.wide) return score_page_amx<GT>(k, tile_q, g.D, s, g.B, begin, end, fetch);
+      score_page_amx_avx512<GT>(k, tile_q, g.D, s, g.B, begin, end, fetch);
     });
   }
 
   // From scores to exponentials, a group at a time.
-  void finish(int block, const Span& visible, const char* ahead) const {
+  void finish(int block, const Span& visible) const {
     float* s = row.p_of(block, 0);
     for (int h = 0; h < g.G; h++) {
       float* of_head = s + static_cast<size_t>(h) * g.B;
@@ -122,7 +120,7 @@ class Scan {
       std::fill(of_head, of_head + visible.begin, -INFINITY);
       std::fill(of_head + visible.end, of_head + g.B, -INFINITY);
     }
-    exponentials()(s, g.G * g.groups_per_block, max, sum, ahead);
+    exponentials()(s, g.G * g.groups_per_block, max, sum, ahead(block + 1, 0));
     const int first = visible.begin / g.group_size, end = (visible.end + g.group_size - 1) / g.group_size;
     for (int h = 0; h < g.G; h++) {
       const size_t to = static_cast<size_t>(h) * row.stride + block * g.groups_per_block;

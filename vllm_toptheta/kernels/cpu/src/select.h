@@ -214,7 +214,7 @@ class Select {
       for (int h = 0; h < g.G; h++) prefetch(reinterpret_cast<const char*>(p + static_cast<size_t>(h) * g.B + slot));
       const T* v = row.v_row(block, in_block * g.group_size + slot);
       for (int i = 0; i < row.v_lines(); i++, lines++)
-        prefetch_stream(reinterpret_cast<const char*>(v + i * row.v_line_stride()));
+        LineStream{reinterpret_cast<const char*>(v + i * row.v_line_stride()), false}.fetch(1);
     }
     return lines;
   }

@@ -220,7 +220,37 @@ TOPT_INLINE __m256 transposed_sums(const float* rows) {
 
 TOPT_INLINE void prefetch(const char* p) { _mm_prefetch(p, _MM_HINT_T0); }
 
-// For what is read in address order: into L2, which can have more lines under way than L1.
-TOPT_INLINE void prefetch_stream(const char* p) { _mm_prefetch(p, _MM_HINT_T1); }
+// Cache lines to prefetch: none, consecutive ones, a list, or a stream that is read much later.
+struct NoLines {
+  TOPT_INLINE void fetch(int) {}
+};
+struct LineRun {
+  const char* next;
+  TOPT_INLINE void fetch(int n) {
+    TOPT_UNROLL for (int i = 0; i < n; i++) prefetch(next + 64 * i);
+    next += 64 * n;
+  }
+};
+struct LineList {
+  const char* const* next;
+  TOPT_INLINE void fetch(int n) {
+    TOPT_UNROLL for (int i = 0; i < n; i++) prefetch(next[i]);
+    next += n;
+  }
+};
+struct LineStream {
+  const char* next;
+  bool near;  // into L1, where that holds it (48 KiB: 1.1x on Zen 5); else into L2, which has more lines under way
+  TOPT_INLINE void fetch_at(size_t byte) const {
+    if (near)
+      _mm_prefetch(next + byte, _MM_HINT_T0);
+    else
+      _mm_prefetch(next + byte, _MM_HINT_T1);
+  }
+  TOPT_INLINE void fetch(int n) {
+    TOPT_UNROLL for (int i = 0; i < n; i++) fetch_at(64 * i);
+    next += 64 * n;
+  }
+};
 
 }  // namespace topt

@@ -10,69 +10,68 @@ namespace topt {
 
 // Adds q.k to the scores of 16 * NT tokens and GT heads. k: [NT][head_dim / 2][16][2]; q: [head_dim][GT];
 // s: [GT][s_stride].
-template <int GT, int NT, bool PREFETCH>
+template <int GT, int NT>
 TOPT_INLINE void score_tile_amx(const tiled_bf16* __restrict k, const float* __restrict q, int head_dim,
-                                float* __restrict s, int s_stride, const char* ahead) {
+                                float* __restrict s, int s_stride, LineStream ahead) {
   __m256 acc[GT][2 * NT];
   TOPT_UNROLL for (int g = 0; g < GT; g++) TOPT_UNROLL for (int i = 0; i < 2 * NT; i++) acc[g][i] = _mm256_setzero_ps();
   for (int d = 0; d < head_dim; d += 2, k += 32, q += 2 * GT) {
     TOPT_UNROLL for (int i = 0; i < 2 * NT; i++) {
-      const tiled_bf16* line = k + static_cast<size_t>(i / 2) * 16 * head_dim + i % 2 * 16;
-      if (PREFETCH && i % 2 == 0) prefetch_stream(ahead + (reinterpret_cast<const char*>(line) - reinterpret_cast<const char*>(k)));
-      const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(line));
+      const size_t at = static_cast<size_t>(i / 2) * 16 * head_dim + i % 2 * 16;
+      if (i % 2 == 0) ahead.fetch_at(at * sizeof(tiled_bf16));
+      const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(k + at));
       const __m256 first = Elem<tiled_bf16>::first(x), second = Elem<tiled_bf16>::second(x);
       TOPT_UNROLL for (int g = 0; g < GT; g++) accumulate(acc[g][i], first, _mm256_broadcast_ss(q + g));
       TOPT_UNROLL for (int g = 0; g < GT; g++) accumulate(acc[g][i], second, _mm256_broadcast_ss(q + GT + g));
       keep_order();
     }
-    ahead += 64;
+    ahead.next += 64;
   }
   TOPT_UNROLL for (int g = 0; g < GT; g++) TOPT_UNROLL for (int i = 0; i < 2 * NT; i++)
       _mm256_store_ps(s + g * s_stride + 8 * i, acc[g][i]);
 }
 
-template <int GT, int NT, bool PREFETCH>
+template <int GT, int NT>
 TOPT_AVX512 TOPT_INLINE void score_tile_amx_avx512(const tiled_bf16* __restrict k, const float* __restrict q,
-                                                   int head_dim, float* __restrict s, int s_stride, const char* ahead) {
+                                                   int head_dim, float* __restrict s, int s_stride, LineStream ahead) {
   __m512 acc[GT][NT];
   TOPT_UNROLL for (int g = 0; g < GT; g++) TOPT_UNROLL for (int i = 0; i < NT; i++) acc[g][i] = _mm512_setzero_ps();
   for (int d = 0; d < head_dim; d += 2, k += 32, q += 2 * GT) {
     TOPT_UNROLL for (int i = 0; i < NT; i++) {
       const size_t at = static_cast<size_t>(i) * 16 * head_dim;
-      if (PREFETCH) prefetch_stream(ahead + at * sizeof(tiled_bf16));
+      ahead.fetch_at(at * sizeof(tiled_bf16));
       const __m512i x = _mm512_loadu_si512(k + at);
       const __m512 first = Wide<tiled_bf16>::first(x), second = Wide<tiled_bf16>::second(x);
       TOPT_UNROLL for (int g = 0; g < GT; g++) accumulate_wide(acc[g][i], first, _mm512_set1_ps(q[g]));
       TOPT_UNROLL for (int g = 0; g < GT; g++) accumulate_wide(acc[g][i], second, _mm512_set1_ps(q[GT + g]));
     }
-    ahead += 64;
+    ahead.next += 64;
   }
   TOPT_UNROLL for (int g = 0; g < GT; g++) TOPT_UNROLL for (int i = 0; i < NT; i++)
       _mm512_store_ps(s + g * s_stride + 16 * i, acc[g][i]);
 }
 
-// Scores of tokens [begin, end), multiples of 16, of a page. `fetch` gives the address to prefetch beside that of a
-// token's keys.
-template <int GT, bool PREFETCH, class Fetch>
+// Scores of tokens [begin, end), multiples of 16, of a page. `fetch` gives what to prefetch beside a token's keys.
+template <int GT, class Fetch>
 TOPT_TILE void score_page_amx(const tiled_bf16* k, const float* q, int head_dim, float* s, int s_stride, int begin,
                               int end, Fetch fetch) {
   constexpr int NT = GT <= 2 ? 2 : 1;
   const auto tile = [&](int t) { return k + static_cast<size_t>(t) * head_dim; };
   int t = begin;
   for (; t + 16 * NT <= end; t += 16 * NT)
-    score_tile_amx<GT, NT, PREFETCH>(tile(t), q, head_dim, s + t, s_stride, fetch(t));
-  for (; t < end; t += 16) score_tile_amx<GT, 1, PREFETCH>(tile(t), q, head_dim, s + t, s_stride, fetch(t));
+    score_tile_amx<GT, NT>(tile(t), q, head_dim, s + t, s_stride, fetch(t));
+  for (; t < end; t += 16) score_tile_amx<GT, 1>(tile(t), q, head_dim, s + t, s_stride, fetch(t));
 }
 
-template <int GT, bool PREFETCH, class Fetch>
+template <int GT, class Fetch>
 TOPT_TILE TOPT_AVX512 void score_page_amx_avx512(const tiled_bf16* k, const float* q, int head_dim, float* s,
                                                  int s_stride, int begin, int end, Fetch fetch) {
   constexpr int NT = GT <= 4 ? 4 : 2;  // at least eight chains of dependent sums, at most 16 accumulators
   const auto tile = [&](int t) { return k + static_cast<size_t>(t) * head_dim; };
   int t = begin;
   for (; t + 16 * NT <= end; t += 16 * NT)
-    score_tile_amx_avx512<GT, NT, PREFETCH>(tile(t), q, head_dim, s + t, s_stride, fetch(t));
-  for (; t < end; t += 16) score_tile_amx_avx512<GT, 1, PREFETCH>(tile(t), q, head_dim, s + t, s_stride, fetch(t));
+    score_tile_amx_avx512<GT, NT>(tile(t), q, head_dim, s + t, s_stride, fetch(t));
+  for (; t < end; t += 16) score_tile_amx_avx512<GT, 1>(tile(t), q, head_dim, s + t, s_stride, fetch(t));
 }
 
 // A V row in tiles: its first element, and the elements to the one 16 columns further on. The other token of its pair

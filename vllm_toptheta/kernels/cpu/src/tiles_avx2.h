@@ -23,20 +23,17 @@ TOPT_INLINE void accumulate(__m256& acc, __m256 x, __m256 y) {
 TOPT_INLINE void keep_order() { asm volatile("" ::: "memory"); }
 
 // Adds q.k of `num_dims` dimensions to the scores of 16 * NT tokens and GT heads.
-// k: [num_dims][k_stride]; q: [num_dims][GT]; s: [GT][s_stride]. Returns the advanced prefetch pointer.
-template <class T, int GT, int NT, bool PREFETCH>
-TOPT_INLINE const char* score_tile(const T* __restrict k, int k_stride, const float* __restrict q, int num_dims,
-                                 bool first, bool last, float* __restrict s, int s_stride, const char* ahead) {
+// k: [num_dims][k_stride]; q: [num_dims][GT]; s: [GT][s_stride]. Advances what it prefetches.
+template <class T, int GT, int NT, class Lines>
+TOPT_INLINE void score_tile(const T* __restrict k, int k_stride, const float* __restrict q, int num_dims,
+                                 bool first, bool last, float* __restrict s, int s_stride, Lines& ahead) {
   __m256 acc[GT][2 * NT];
   TOPT_UNROLL for (int g = 0; g < GT; g++) TOPT_UNROLL for (int i = 0; i < 2 * NT; i++)
       acc[g][i] = first ? _mm256_setzero_ps() : _mm256_load_ps(s + g * s_stride + 8 * i);
   constexpr bool kTight = GT * NT > 4;
   constexpr int kLines = NT * 16 * sizeof(T) * 2 / 64;  // cache lines in two dimensions
   for (int d = 0; d < num_dims; d += 2) {
-    if (PREFETCH) {
-      TOPT_UNROLL for (int i = 0; i < kLines; i++) prefetch_stream(ahead + 64 * i);
-      ahead += 64 * kLines;
-    }
+    ahead.fetch(kLines);
     TOPT_UNROLL for (int u = 0; u < 2; u++) {
       TOPT_UNROLL for (int i = 0; i < NT; i++) {
         __m256 x, y;
@@ -61,20 +58,17 @@ TOPT_INLINE const char* score_tile(const T* __restrict k, int k_stride, const fl
   }
   TOPT_UNROLL for (int g = 0; g < GT; g++) TOPT_UNROLL for (int i = 0; i < 2 * NT; i++)
       _mm256_store_ps(s + g * s_stride + 8 * i, acc[g][i]);
-  return ahead;
 }
 
 // Scores of tokens [begin, end), multiples of 16, over one chunk of dimensions.
-template <class T, int GT, bool PREFETCH>
-TOPT_TILE const char* score_chunk(const T* k, int k_stride, const float* q, int num_dims, bool first, bool last,
-                                  float* s, int s_stride, int begin, int end, const char* ahead) {
+template <class T, int GT, class Lines>
+TOPT_TILE void score_chunk(const T* k, int k_stride, const float* q, int num_dims, bool first, bool last, float* s,
+                           int s_stride, int begin, int end, Lines ahead) {
   constexpr int NT = GT == 1 ? 4 : GT == 4 ? 1 : 2;  // enough independent chains to fill the FMA pipes
   int t = begin;
   for (; t + 16 * NT <= end; t += 16 * NT)
-    ahead = score_tile<T, GT, NT, PREFETCH>(k + t, k_stride, q, num_dims, first, last, s + t, s_stride, ahead);
-  for (; t < end; t += 16)
-    ahead = score_tile<T, GT, 1, PREFETCH>(k + t, k_stride, q, num_dims, first, last, s + t, s_stride, ahead);
-  return ahead;
+    score_tile<T, GT, NT>(k + t, k_stride, q, num_dims, first, last, s + t, s_stride, ahead);
+  for (; t < end; t += 16) score_tile<T, GT, 1>(k + t, k_stride, q, num_dims, first, last, s + t, s_stride, ahead);
 }
 
 // Rows at consecutive addresses, or anywhere; what they return is read by load16 and load32.
@@ -101,25 +95,6 @@ template <class T>
 TOPT_INLINE void load16(const T* row, int column, __m256& a, __m256& b) {
   Elem<T>::load16(row + column, a, b);
 }
-
-// Cache lines to prefetch: none, consecutive ones, or a list.
-struct NoLines {
-  TOPT_INLINE void fetch(int) {}
-};
-struct LineRun {
-  const char* next;
-  TOPT_INLINE void fetch(int n) {
-    TOPT_UNROLL for (int i = 0; i < n; i++) prefetch(next + 64 * i);
-    next += 64 * n;
-  }
-};
-struct LineList {
-  const char* const* next;
-  TOPT_INLINE void fetch(int n) {
-    TOPT_UNROLL for (int i = 0; i < n; i++) prefetch(next[i]);
-    next += n;
-  }
-};
 
 // Weights of the rows that a tile adds: factor * p, per head.
 struct RowWeights {
@@ -199,7 +174,7 @@ TOPT_TILE void apply_soft_cap(float* s, int begin, int end, float cap) {
 // the vectors' width. Prefetches a line per 16 tokens, so that memory does not rest meanwhile.
 template <int SIZE>
 TOPT_TILE void group_exponentials(float* __restrict s, int num_groups, float* __restrict max, float* __restrict sum,
-                                  const char* ahead) {
+                                  LineStream ahead) {
   alignas(32) float lanes[64] = {};
   for (int i = 0; i < num_groups; i += 8, s += 8 * SIZE) {
     const int n = std::min(8, num_groups - i);
@@ -216,8 +191,7 @@ TOPT_TILE void group_exponentials(float* __restrict s, int num_groups, float* __
       const __m256 m = _mm256_broadcast_ss(max + i + j);
       __m256 sum0 = _mm256_setzero_ps(), sum1 = sum0;
       TOPT_UNROLL for (int t = j * SIZE; t < (j + 1) * SIZE; t += 16) {
-        prefetch_stream(ahead);
-        ahead += 64;
+        ahead.fetch(1);
         const __m256 e0 = exp2_nonpositive(_mm256_sub_ps(_mm256_load_ps(s + t), m));
         const __m256 e1 = exp2_nonpositive(_mm256_sub_ps(_mm256_load_ps(s + t + 8), m));
         _mm256_store_ps(s + t, e0);

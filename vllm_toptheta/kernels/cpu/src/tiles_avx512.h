@@ -89,19 +89,16 @@ TOPT_AVX512 TOPT_INLINE void accumulate_wide(__m512& acc, __m512 x, __m512 y) {
 }
 
 // `score_tile` for 32 * NP tokens.
-template <class T, int GT, int NP, bool PREFETCH>
-TOPT_AVX512 TOPT_INLINE const char* score_tile_avx512(const T* __restrict k, int k_stride, const float* __restrict q,
-                                                      int num_dims, bool first, bool last, float* __restrict s,
-                                                      int s_stride, const char* ahead) {
+template <class T, int GT, int NP, class Lines>
+TOPT_AVX512 TOPT_INLINE void score_tile_avx512(const T* __restrict k, int k_stride, const float* __restrict q,
+                                               int num_dims, bool first, bool last, float* __restrict s,
+                                               int s_stride, Lines& ahead) {
   __m512 acc[GT][2 * NP];
   TOPT_UNROLL for (int g = 0; g < GT; g++) TOPT_UNROLL for (int i = 0; i < 2 * NP; i++)
       acc[g][i] = first ? _mm512_setzero_ps() : _mm512_load_ps(s + g * s_stride + 16 * i);
   constexpr int kLines = NP * 32 * sizeof(T) / 64;  // cache lines in a dimension
   for (int d = 0; d < num_dims; d++) {
-    if (PREFETCH) {
-      TOPT_UNROLL for (int i = 0; i < kLines; i++) prefetch_stream(ahead + 64 * i);
-      ahead += 64 * kLines;
-    }
+    ahead.fetch(kLines);
     __m512 x[2 * NP];
     TOPT_UNROLL for (int i = 0; i < NP; i++) Wide<T>::load32(k + 32 * i, x[2 * i], x[2 * i + 1]);
     TOPT_UNROLL for (int g = 0; g < GT; g++) {
@@ -116,21 +113,18 @@ TOPT_AVX512 TOPT_INLINE const char* score_tile_avx512(const T* __restrict k, int
     _mm512_store_ps(s + g * s_stride + 32 * i, acc[g][2 * i]);
     _mm512_store_ps(s + g * s_stride + 32 * i + 16, acc[g][2 * i + 1]);
   }
-  return ahead;
 }
 
 // `score_chunk` for tokens [begin, end), multiples of 32.
-template <class T, int GT, bool PREFETCH>
-TOPT_TILE TOPT_AVX512 const char* score_chunk_avx512(const T* k, int k_stride, const float* q, int num_dims, bool first,
-                                                     bool last, float* s, int s_stride, int begin, int end,
-                                                     const char* ahead) {
+template <class T, int GT, class Lines>
+TOPT_TILE TOPT_AVX512 void score_chunk_avx512(const T* k, int k_stride, const float* q, int num_dims, bool first,
+                                              bool last, float* s, int s_stride, int begin, int end, Lines ahead) {
   constexpr int NP = GT <= 2 ? 4 : GT <= 4 ? 2 : 1;  // at most 16 accumulators beside K
   int t = begin;
   for (; t + 32 * NP <= end; t += 32 * NP)
-    ahead = score_tile_avx512<T, GT, NP, PREFETCH>(k + t, k_stride, q, num_dims, first, last, s + t, s_stride, ahead);
+    score_tile_avx512<T, GT, NP>(k + t, k_stride, q, num_dims, first, last, s + t, s_stride, ahead);
   for (; t < end; t += 32)
-    ahead = score_tile_avx512<T, GT, 1, PREFETCH>(k + t, k_stride, q, num_dims, first, last, s + t, s_stride, ahead);
-  return ahead;
+    score_tile_avx512<T, GT, 1>(k + t, k_stride, q, num_dims, first, last, s + t, s_stride, ahead);
 }
 
 template <class T>
@@ -216,7 +210,7 @@ TOPT_AVX512 TOPT_INLINE __m256 upper_half(__m512 x) {
 // `group_exponentials` with AVX-512.
 template <int SIZE>
 TOPT_TILE TOPT_AVX512 void group_exponentials_avx512(float* __restrict s, int num_groups, float* __restrict max,
-                                                     float* __restrict sum, const char* ahead) {
+                                                     float* __restrict sum, LineStream ahead) {
   alignas(32) float lanes[64] = {};
   for (int i = 0; i < num_groups; i += 8, s += 8 * SIZE) {
     const int n = std::min(8, num_groups - i);
@@ -230,8 +224,7 @@ TOPT_TILE TOPT_AVX512 void group_exponentials_avx512(float* __restrict s, int nu
       const __m512 m = _mm512_set1_ps(max[i + j]);
       __m512 total = _mm512_setzero_ps();
       TOPT_UNROLL for (int t = j * SIZE; t < (j + 1) * SIZE; t += 16) {
-        prefetch_stream(ahead);
-        ahead += 64;
+        ahead.fetch(1);
         const __m512 e = exp2_nonpositive_avx512(_mm512_sub_ps(_mm512_load_ps(s + t), m));
         _mm512_store_ps(s + t, e);
         total = _mm512_add_ps(total, e);
