@@ -66,7 +66,7 @@ TOPT_TILE void score_page_amx(const tiled_bf16* k, const float* q, int head_dim,
 template <int GT, class Fetch>
 TOPT_TILE TOPT_AVX512 void score_page_amx_avx512(const tiled_bf16* k, const float* q, int head_dim, float* s,
                                                  int s_stride, int begin, int end, Fetch fetch) {
-  constexpr int NT = GT <= 4 ? 4 : 2;  // at least eight chains of dependent sums, at most 16 accumulators
+  constexpr int NT = GT <= 2 ? 4 : 2;  // at least eight chains of dependent sums, at most 16 accumulators
   const auto tile = [&](int t) { return k + static_cast<size_t>(t) * head_dim; };
   int t = begin;
   for (; t + 16 * NT <= end; t += 16 * NT)
