@@ -1,7 +1,7 @@
-"""Runs a script of this repository as on a machine that has torch and triton but no vLLM.
+"""Runs a module of this repository as on a machine that has torch and triton but no vLLM.
 
-`python bare_machine.py FOLDER SCRIPT ARGUMENT...`: the only `vllm` that can be imported lies in
-FOLDER, and what else vLLM would have installed is not there.
+`python bare_machine.py FOLDER MODULE ARGUMENT...`, from the repository's root: the only `vllm` that
+can be imported lies in FOLDER, and what else vLLM would have installed is not there.
 """
 
 import importlib.machinery
@@ -31,11 +31,11 @@ class OnlyCarried:
 
 
 def main() -> None:
-    folder, script = Path(sys.argv[1]).resolve(), sys.argv[2]
+    folder, module_name = Path(sys.argv[1]).resolve(), sys.argv[2]
     sys.meta_path.insert(0, OnlyCarried(folder))  # type: ignore[arg-type]
     sys.argv = sys.argv[2:]
     try:
-        runpy.run_path(script, run_name="__main__")
+        runpy.run_module(module_name, run_name="__main__", alter_sys=True)
     finally:
         for name, module in sys.modules.items():
             if name.split(".")[0] == "vllm":

@@ -1,14 +1,9 @@
 """Shared fixtures: the real model, fetched once."""
 
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import triton_interpreter  # noqa: E402
+import triton_interpreter
 
 triton_interpreter.load()
 

@@ -1,31 +1,41 @@
-"""Loads and runs the scripts for a machine with a GPU, where there is none."""
+"""Runs the benchmarks for a machine with a GPU, where there is none."""
 
-import importlib.machinery
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 TESTS = Path(__file__).resolve().parent
-SCRIPTS = TESTS.parent / "scripts"
+CHECK = "benchmarks.gpu.check"
+CARRY = "benchmarks.gpu.carry_vllm_triton"
 
 
-def load_script(name: str) -> ModuleType:
-    loader = importlib.machinery.SourceFileLoader(name, str(SCRIPTS / name))
-    spec = importlib.util.spec_from_loader(name, loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
-
-
-def run_bare(folder: Path, script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """A script in the interpreter, where no vLLM but the carried one can be imported."""
+def run_module(
+    module: str, *arguments: str | Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """A module, as users run it: from the repository's root, Triton compiling."""
+    inherited = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
-        [sys.executable, TESTS / "bare_machine.py", folder, SCRIPTS / script, *arguments],
-        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        [sys.executable, "-m", module, *arguments],
+        cwd=TESTS.parent,
+        env=inherited | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def run_bare(folder: Path, module: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """A module in the interpreter, where no vLLM but the carried one can be imported."""
+    return subprocess.run(
+        [sys.executable, TESTS / "bare_machine.py", folder, module, *arguments],
+        cwd=TESTS.parent,
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONPATH": str(TESTS.parent),
+        },
         capture_output=True,
         text=True,
         timeout=800,

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from gpu_scripts import SCRIPTS, load_script, run_bare
+from gpu_scripts import CARRY, CHECK, run_bare, run_module
 from triton_interpreter import needs_interpreter
 
 pytestmark = needs_interpreter
@@ -20,14 +20,14 @@ def carried(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("there is no vLLM to carry the kernel out of")
     folder = tmp_path_factory.mktemp("vllm_triton")
-    command = [sys.executable, SCRIPTS / "carry_vllm_triton", folder]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = run_module(CARRY, folder)
     assert done.returncode == 0, done.stderr
     return folder
 
 
 def test_the_kernel_is_copied_unchanged_and_stand_ins_agree(carried: Path) -> None:
-    script = load_script("carry_vllm_triton")
+    from benchmarks.gpu import carry_vllm_triton as script
+
     spec = importlib.util.find_spec("vllm")
     assert spec is not None
     assert spec.origin is not None
@@ -83,7 +83,8 @@ def packed():
     ],
 )
 def test_another_vllm_that_needs_more_is_refused(source: str, message: str) -> None:
-    script = load_script("carry_vllm_triton")
+    from benchmarks.gpu import carry_vllm_triton as script
+
     platform = SimpleNamespace(fp8_dtype=None)
     there = {
         "vllm.envs": SimpleNamespace(VLLM_BATCH_INVARIANT=False),
@@ -101,9 +102,9 @@ def test_another_vllm_that_needs_more_is_refused(source: str, message: str) -> N
 
 
 def test_a_folder_without_the_kernel_is_refused(tmp_path: Path) -> None:
-    done = run_bare(tmp_path, "gpu_check", "--vllm-triton", tmp_path)
+    done = run_bare(tmp_path, CHECK, "--vllm-triton", tmp_path)
     assert done.returncode == 2
-    assert f"scripts/carry_vllm_triton {tmp_path}" in done.stderr
+    assert f"benchmarks.gpu.carry_vllm_triton {tmp_path}" in done.stderr
 
 
 def test_the_carried_kernel_and_all_benchmarks_run_without_vllm(
@@ -113,7 +114,7 @@ def test_the_carried_kernel_and_all_benchmarks_run_without_vllm(
     test as well: decode and whole prompts, float16 and float8.
     """
     path = tmp_path / "report.json"
-    done = run_bare(carried, "gpu_check", "--vllm-triton", carried, "--json", path)
+    done = run_bare(carried, CHECK, "--vllm-triton", carried, "--json", path)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     found = json.loads(path.read_text())
     assert found["rival"].endswith(str(carried)), found["rival"]
@@ -136,7 +137,8 @@ def test_the_carried_kernel_and_all_benchmarks_run_without_vllm(
 
 
 def test_nothing_is_written_from_a_vllm_that_does_not_fit(tmp_path: Path) -> None:
-    script = load_script("carry_vllm_triton")
+    from benchmarks.gpu import carry_vllm_triton as script
+
     spec = importlib.util.find_spec("vllm")
     if spec is None or spec.origin is None:
         pytest.skip("there is no vLLM to carry the kernel out of")
@@ -148,13 +150,7 @@ def test_nothing_is_written_from_a_vllm_that_does_not_fit(tmp_path: Path) -> Non
     (another / "vllm" / "__init__.py").write_text("")
     kernel = script.path_of(another, script.COPIED[0])
     kernel.write_text(kernel.read_text() + "\nis_new = current_platform.is_new()\n")
-    done = subprocess.run(
-        [sys.executable, SCRIPTS / "carry_vllm_triton", folder],
-        env={**os.environ, "PYTHONPATH": str(another)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_module(CARRY, folder, PYTHONPATH=str(another))
     assert done.returncode == 1, done.stdout
     assert "triton_unified_attention uses current_platform.is_new" in done.stderr
     assert not (folder / "vllm").exists()

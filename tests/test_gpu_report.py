@@ -11,8 +11,8 @@ pytest.importorskip("triton")
 
 
 def test_the_bound_is_that_of_the_bytes() -> None:
-    from gpu_bench import byte_bound
-    from gpu_lib import E4M3, Shape
+    from benchmarks.gpu.bench import byte_bound
+    from benchmarks.gpu.lib import E4M3, Shape
 
     shape = Shape((32768,) * 8)
     assert byte_bound(shape, 0.1) == pytest.approx(2 / (1 + 1 / 10 + 1 / 64))
@@ -23,8 +23,8 @@ def test_the_bound_is_that_of_the_bytes() -> None:
 
 
 def test_speed_is_against_the_fastest_dense_kernel() -> None:
-    from gpu_bench import speed
-    from gpu_lib import Shape
+    from benchmarks.gpu.bench import speed
+    from benchmarks.gpu.lib import Shape
 
     shape = Shape((32768,) * 8)  # 1.07 GB
     times = {"slow": (3.0, 3.0, 3.0), "fast": (0.5, 1.0, 2.0), "toptheta": (0.6, 0.625, 0.7)}
@@ -59,16 +59,16 @@ def record(**changes: Any) -> dict[str, Any]:
 
 
 def test_the_table_can_be_pasted_and_the_file_read(tmp_path: Path) -> None:
-    from gpu_report import Report
+    from benchmarks.gpu.report import Report
 
     path = tmp_path / "report.json"
-    about = {"device": "Some GPU", "torch": "torch 2", "command": "scripts/gpu_check"}
+    about = {"device": "Some GPU", "torch": "torch 2", "command": "python -m benchmarks.gpu.check"}
     report = Report(about, path)
     report.add(record(ms={"toptheta": [math.nan] * 3}, left_out={"cudnn": "no kernel"}))
     report.add(record(), record(gqa=8, **{"speed-up": None}))
     report.skip("32 x 131072: no room")
     summary = report.summary()
-    assert summary.startswith("Some GPU · torch 2 · scripts/gpu_check\n")
+    assert summary.startswith("Some GPU · torch 2 · python -m benchmarks.gpu.check\n")
     assert "| rows x keys | gqa | cache | min_prob | best dense | Top-θ ms | speed-up |" in summary
     assert "| 8 x 32768 | 4 | bfloat16 | 0.001 | sdpa flash | 0.25 | 1.8 | 0.2 |" in summary
     assert "| 8 x 32768 | 8 | bfloat16 | 0.001 | sdpa flash | 0.25 | – | 0.2 |" in summary

@@ -3,16 +3,13 @@
 import contextlib
 import dataclasses
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from gpu_scripts import SCRIPTS, load_script
+from gpu_scripts import CHECK, run_module
 from triton_interpreter import needs_interpreter
 
 pytest.importorskip("triton")
@@ -22,32 +19,25 @@ pytestmark = needs_interpreter
 
 @pytest.fixture(scope="module")
 def machine() -> Any:
-    from gpu_lib import Machine
+    from benchmarks.gpu.lib import Machine
 
     return Machine(torch.device("cpu"), "a test", 4, True)
 
 
 def test_without_a_gpu_the_script_says_so() -> None:
-    environment = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, SCRIPTS / "gpu_check"],
-        env=environment | {"CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_module(CHECK, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2
     assert "finds no GPU; with TRITON_INTERPRET=1" in done.stderr
 
 
 def shape(**changes: Any) -> Any:
-    from gpu_bench import TINY
+    from benchmarks.gpu.bench import TINY
 
     return dataclasses.replace(TINY, **{"lens": (70,), **changes})
 
 
 def spec(**changes: Any) -> Any:
-    from gpu_cases import TINY
+    from benchmarks.gpu.cases import TINY
 
     return dataclasses.replace(TINY, **{"lens": (70, 33), **changes})
 
@@ -55,8 +45,7 @@ def spec(**changes: Any) -> Any:
 def test_pages_are_laid_out_as_the_backend_finds_them() -> None:
     """Means lie behind K and V of every page, which is padded."""
     pytest.importorskip("vllm")
-    from gpu_lib import E4M3, served_pages
-
+    from benchmarks.gpu.lib import E4M3, served_pages
     from vllm_toptheta.backend.sidecar import v_means_view
 
     for stored in (torch.bfloat16, E4M3):
@@ -68,9 +57,9 @@ def test_pages_are_laid_out_as_the_backend_finds_them() -> None:
 
 
 def test_a_wrong_rival_fails_and_one_that_does_not_run_is_left_out(machine: Any) -> None:
-    from gpu_bench import bench
-    from gpu_report import Report
-    from gpu_rivals import Rival
+    from benchmarks.gpu.bench import bench
+    from benchmarks.gpu.report import Report
+    from benchmarks.gpu.rivals import Rival
 
     def fail() -> torch.Tensor:
         raise RuntimeError("no kernel image\nfor this device")
@@ -97,47 +86,45 @@ def test_a_wrong_kernel_fails_every_check(
     machine: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And a kernel that raises does not hide the checks after it."""
-    import gpu_bench
-    import gpu_cases
-    import gpu_lib
+    from benchmarks.gpu import bench, cases, check, lib
+    from benchmarks.gpu.report import Report
 
-    right = gpu_lib.decode_attention
+    right = lib.decode_attention
 
     def spoiled(change: Any) -> None:
         def wrong(*args: Any, **kwargs: Any) -> None:
             right(*args, **kwargs)
             change(kwargs)
 
-        monkeypatch.setattr(gpu_lib, "decode_attention", wrong)
+        monkeypatch.setattr(lib, "decode_attention", wrong)
 
     spoiled(lambda outputs: outputs["out"].mul_(1.02))
-    record = gpu_cases.check_decode(spec(), machine)
+    record = cases.check_decode(spec(), machine)
     assert not record["ok"]
     assert record["counts"]
-    (record,) = gpu_bench.bench(shape(), [0.01], machine, None)
+    (record,) = bench.bench(shape(), [0.01], machine, None)
     assert not record["ok"]
     assert record["wrong"].keys() == {"toptheta dense"}
 
     spoiled(lambda outputs: outputs["out"][-1, 0, 0].fill_(math.nan))
-    assert not gpu_cases.check_decode(spec(), machine)["ok"]
-    (record,) = gpu_bench.bench(shape(lens=(70, 70)), [0.01], machine, None)
+    assert not cases.check_decode(spec(), machine)["ok"]
+    (record,) = bench.bench(shape(lens=(70, 70)), [0.01], machine, None)
     assert not record["ok"]
 
     for name in ("num_kept", "kept_mass", "lifts"):
         spoiled(lambda outputs, name=name: outputs[name].add_(3))
-        assert not gpu_cases.check_decode(spec(), machine)["ok"], name
+        assert not cases.check_decode(spec(), machine)["ok"], name
     spoiled(lambda outputs: outputs["num_kept"].add_(3))
-    (record,) = gpu_bench.bench(shape(), [0.01], machine, None)
+    (record,) = bench.bench(shape(), [0.01], machine, None)
     assert not record["ok"]
     assert not record["wrong"]
 
     def raises(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("out of resource: shared memory")
 
-    monkeypatch.setattr(gpu_lib, "decode_attention", raises)
-    script = load_script("gpu_check")
-    report = script.Report({})
-    script.check_results(machine, report, quick=False, jobs=1)
+    monkeypatch.setattr(lib, "decode_attention", raises)
+    report = Report({})
+    check.check_results(machine, report, quick=False, jobs=1)
     assert [(r["check"], r["ok"]) for r in report.records] == [
         ("check_decode", False),
         ("prompts", True),
@@ -149,18 +136,17 @@ def test_a_wrong_kernel_fails_every_check(
 def test_a_set_that_depends_on_the_batch_is_noticed(
     machine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import gpu_cases
-    import gpu_lib
+    from benchmarks.gpu import cases, lib
 
-    right = gpu_lib.decode_attention
+    right = lib.decode_attention
 
     def sloppy(*args: Any, **kwargs: Any) -> None:
         if kwargs["num_splits"] == 5:
             args = (*args[:6], args[6] - 0.05, *args[7:])
         right(*args, **kwargs)
 
-    monkeypatch.setattr(gpu_lib, "decode_attention", sloppy)
-    record = gpu_cases.check_determinism(spec(lens=(70,)), machine)
+    monkeypatch.setattr(lib, "decode_attention", sloppy)
+    record = cases.check_determinism(spec(lens=(70,)), machine)
     assert record["splits 2"]
     assert not record["splits 5"]
     assert not record["ok"]
@@ -172,10 +158,10 @@ class FakeCuda:
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        import gpu_lib
+        from benchmarks.gpu import lib
 
         self.graph: Any = None
-        attend = gpu_lib.Layer.attend
+        attend = lib.Layer.attend
 
         def recorded(layer: Any, result: Any, num_splits: int | None = None) -> None:
             if self.graph is None:
@@ -203,7 +189,7 @@ class FakeCuda:
             synchronize=lambda: None,
             elapsed_time=lambda end: 8.0,
         )
-        monkeypatch.setattr(gpu_lib.Layer, "attend", recorded)
+        monkeypatch.setattr(lib.Layer, "attend", recorded)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
         monkeypatch.setattr(torch.cuda, "graph", capture)
         for name in ("Stream", "current_stream"):
@@ -217,15 +203,14 @@ class FakeCuda:
 def test_a_graph_that_froze_a_length_is_noticed(
     machine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import gpu_cases
-    import gpu_lib
+    from benchmarks.gpu import cases, lib
 
     case = spec(lens=(70, 50, 20, 40))
     cuda = FakeCuda(monkeypatch)
-    record = gpu_cases.check_graph(case, machine)
+    record = cases.check_graph(case, machine)
     assert record["ok"], record
 
-    recorded = gpu_lib.Layer.attend
+    recorded = lib.Layer.attend
 
     def frozen(layer: Any, result: Any, num_splits: int | None = None) -> None:
         """What was on the device at capture is what a replay sees."""
@@ -233,29 +218,29 @@ def test_a_graph_that_froze_a_length_is_noticed(
             layer = layer.part(0, len(layer.query))
         recorded(layer, result, num_splits)
 
-    monkeypatch.setattr(gpu_lib.Layer, "attend", frozen)
-    assert not gpu_cases.check_graph(case, machine)["ok"]
+    monkeypatch.setattr(lib.Layer, "attend", frozen)
+    assert not cases.check_graph(case, machine)["ok"]
 
 
 def test_times_are_those_of_one_launch(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import gpu_bench
+    from benchmarks.gpu import bench
 
     FakeCuda(monkeypatch)
     gpu = SimpleNamespace(is_gpu=True, device=torch.device("cpu"))
-    monkeypatch.setattr(gpu_bench, "COLD_BYTES", 64)
+    monkeypatch.setattr(bench, "COLD_BYTES", 64)
     calls: list[int] = []
     variants = {
         "one": [lambda: calls.append(1)],
         "four": [lambda part=part: calls.append(part) for part in range(4)],
     }
-    times = gpu_bench.time_variants(variants, gpu, repeats=3)
+    times = bench.time_variants(variants, gpu, repeats=3)
     assert times == {"one": (8.0, 8.0, 8.0), "four": (2.0, 2.0, 2.0)}
     assert calls == [1, 1, 0, 1, 2, 3, 0, 1, 2, 3]  # to compile, and to capture
 
 
 def test_what_is_timed_on_a_gpu(machine: Any) -> None:
     """Long decode rows first; no float8 where it cannot be read."""
-    from gpu_bench import kind_of, timed_shapes
+    from benchmarks.gpu.bench import kind_of, timed_shapes
 
     gpu = dataclasses.replace(machine, device=torch.device("cuda"))
     shapes = timed_shapes([32768, 131072], [8192], gpu, quick=False)
@@ -275,7 +260,7 @@ def test_prompts_and_floors_and_launch_parameters(
     machine: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Records of other kinds than those of the carried kernel's test."""
-    from gpu_bench import bench_launches
+    from benchmarks.gpu.bench import bench_launches
 
     for is_prompt in (False, True):
         records = bench_launches(shape(is_prompt=is_prompt), 0.01, machine)

@@ -38,7 +38,7 @@ def wheel(built: Path) -> Path:
 
 def test_the_version_stands_in_one_place() -> None:
     places = []
-    for folder in ("vllm_toptheta", "docker", "deploy", "scripts"):
+    for folder in ("vllm_toptheta", "benchmarks", "docker", "deploy", "scripts"):
         places += [p for p in (ROOT / folder).rglob("*") if p.is_file() and p.suffix != ".so"]
     text = re.compile(rf"(?<![\d.]){re.escape(VERSION)}(?![\d.])")
     found = [

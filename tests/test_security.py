@@ -14,7 +14,7 @@ from vllm_toptheta.threshold_store import ThresholdStore
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(
     path
-    for folder in ("vllm_toptheta", "scripts", "docker")
+    for folder in ("vllm_toptheta", "scripts", "benchmarks", "docker")
     for path in (ROOT / folder).rglob("*.py")
 )
 EXECUTES = {

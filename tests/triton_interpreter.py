@@ -90,5 +90,5 @@ def _interpreting() -> bool:
 
 needs_interpreter = pytest.mark.skipif(
     "not __import__('triton_interpreter')._interpreting()",
-    reason="no triton here, or a GPU, where scripts/gpu_check covers these kernels",
+    reason="no triton here, or a GPU, where benchmarks/gpu/check.py covers these kernels",
 )

@@ -1,11 +1,11 @@
-#!/usr/bin/env python3
-"""Copies vLLM's Triton attention out of an installed vLLM, so that scripts/gpu_check can time it on
-a machine that has torch and triton only.
+"""Copies vLLM's Triton attention out of an installed vLLM, so that check.py can time it on a
+machine that has torch and triton only.
 
-`scripts/carry_vllm_triton [FOLDER]` writes FOLDER/vllm, by default build/vllm_triton, which git
-ignores. The kernel's modules are copied unchanged, with vLLM's license; what they import from the
-rest of vLLM is replaced by the stand-ins below. It ends with an error, and without a folder, where
-the copied modules want anything from vLLM that is neither copied nor stood in for.
+`python -m benchmarks.gpu.carry_vllm_triton [FOLDER]` writes FOLDER/vllm, by default
+build/vllm_triton, which git ignores. The kernel's modules are copied unchanged, with vLLM's
+license; what they import from the rest of vLLM is replaced by the stand-ins below. It ends with an
+error, and without a folder, where the copied modules want anything from vLLM that is neither copied
+nor stood in for.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def cut_out(path: Path, name: str) -> str:
     for node in ast.parse(text).body:
         if isinstance(node, ast.ClassDef) and node.name == name:
             return ast.get_source_segment(text, node) or ""
-    raise ValueError(f"{path} has no class {name}; see CUT_OUT in scripts/carry_vllm_triton")
+    raise ValueError(f"{path} has no class {name}; see CUT_OUT in carry_vllm_triton.py")
 
 
 def check_imports(module: str, text: str, load: Callable[[str], Any]) -> None:
@@ -101,7 +101,7 @@ def check_imports(module: str, text: str, load: Callable[[str], Any]) -> None:
                 if not hasattr(source, alias.name):
                     raise ValueError(
                         f"{module} imports {alias.name} from {node.module}, which the stand-in of "
-                        "scripts/carry_vllm_triton does not have"
+                        "carry_vllm_triton.py does not have"
                     )
                 taken[alias.asname or alias.name] = getattr(source, alias.name)
     for node in ast.walk(tree):
@@ -110,7 +110,7 @@ def check_imports(module: str, text: str, load: Callable[[str], Any]) -> None:
             if owner in taken and not hasattr(taken[owner], node.attr):
                 raise ValueError(
                     f"{module} uses {owner}.{node.attr}, which the stand-in of "
-                    "scripts/carry_vllm_triton does not have"
+                    "carry_vllm_triton.py does not have"
                 )
 
 

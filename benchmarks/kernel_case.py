@@ -1,5 +1,5 @@
-"""Attention cases for `bench_kernels`: random or captured queries, keys and values in; calls to
-time, and what float64 says about some of their rows, out.
+"""Attention cases for kernels.py: random or captured queries, keys and values in; calls to time,
+and what float64 says about some of their rows, out.
 """
 
 import argparse

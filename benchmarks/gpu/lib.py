@@ -412,7 +412,7 @@ class Batch:
 
     def verify(self) -> tuple[float, bool]:
         """Largest error of the last run over its budget, and whether counts are right but for keys
-        within rounding of a threshold, which gpu_cases keeps away."""
+        within rounding of a threshold, which cases.py keeps away."""
         worst, counts = 0.0, True
         for seq, rows in self.checked_rows():
             out, kept = self.expected(seq, rows, dense=False)

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """What telemetry costs: decode speed of `vllm serve` counting against not counting.
 
 Both servers stay up; while one is measured the other is frozen. Pairs of neighbouring rounds are
@@ -7,15 +6,13 @@ machine's noise is larger than the cost, `--inside` adds up the time that teleme
 while one engine decodes, all of its parts in one process. Run it with the environment's
 interpreter:
 
-    .venv/bin/python scripts/bench_telemetry --json telemetry.jsonl
-    .venv/bin/python scripts/bench_telemetry --inside
+    .venv/bin/python -m benchmarks.telemetry --json telemetry.jsonl
+    .venv/bin/python -m benchmarks.telemetry --inside
 """
 
 import argparse
 import asyncio
 import contextlib
-import importlib.machinery
-import importlib.util
 import json
 import os
 import statistics
@@ -25,16 +22,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fetch_model import fetch
-from server import Server
 from transformers import AutoTokenizer
 
-_PATH = Path(__file__).with_name("bench_serve")
-_LOADER = importlib.machinery.SourceFileLoader("bench_serve", str(_PATH))
-_SPEC = importlib.util.spec_from_loader("bench_serve", _LOADER)
-assert _SPEC is not None
-bench_serve = importlib.util.module_from_spec(_SPEC)
-_LOADER.exec_module(bench_serve)
+from benchmarks import serve
+from scripts.fetch_model import fetch
+from scripts.server import Server
 
 SIDES = ("off", "on")
 
@@ -43,8 +35,8 @@ async def measure(
     args: argparse.Namespace, servers: dict[str, Server], model: Path
 ) -> list[dict[str, Any]]:
     """One row per length."""
-    ids = AutoTokenizer.from_pretrained(model)(bench_serve.corpus())["input_ids"]
-    clients = {side: bench_serve.client_of(server) for side, server in servers.items()}
+    ids = AutoTokenizer.from_pretrained(model)(serve.corpus())["input_ids"]
+    clients = {side: serve.client_of(server) for side, server in servers.items()}
     rows = []
     for kv_len in args.kv_lens:
         prompts = [ids[i * kv_len : (i + 1) * kv_len - args.tokens] for i in range(args.requests)]
@@ -53,7 +45,7 @@ async def measure(
             for side in SIDES if number % 2 else reversed(SIDES):
                 servers[side].resume()
                 client = clients[side]
-                done = await bench_serve.decode_round(client, str(model), prompts, args.tokens)
+                done = await serve.decode_round(client, str(model), prompts, args.tokens)
                 servers[side].pause()
                 if number:  # the first round fills the prefix cache
                     speed[side].append(done.tokens_per_s)
@@ -123,7 +115,7 @@ def account(args: argparse.Namespace, model: Path) -> list[dict[str, Any]]:
         additional_config={"toptheta": {}},
     )
     engine = llm.llm_engine
-    ids = AutoTokenizer.from_pretrained(model)(bench_serve.corpus())["input_ids"]
+    ids = AutoTokenizer.from_pretrained(model)(serve.corpus())["input_ids"]
     rows = []
     for kv_len in args.kv_lens:
         params = SamplingParams(temperature=0, max_tokens=args.tokens, ignore_eos=True)

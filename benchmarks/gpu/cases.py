@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu_lib import E4M3, Layer, Machine, error_of_budget, served_pages
 from torch import Tensor
 
+from benchmarks.gpu.lib import E4M3, Layer, Machine, error_of_budget, served_pages
 from vllm_toptheta.kernels.triton.means import update_v_means
 from vllm_toptheta.testing.cases import Case, Result, Spec, make_case
 

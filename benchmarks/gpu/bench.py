@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu_lib import E4M3, Batch, Machine, Shape
-from gpu_rivals import Rival, VllmTriton, sdpa_rivals
 
+from benchmarks.gpu.lib import E4M3, Batch, Machine, Shape
+from benchmarks.gpu.rivals import Rival, VllmTriton, sdpa_rivals
 from vllm_toptheta.kernels.layout import group_size_of
 
 OURS, OUR_DENSE = "toptheta", "toptheta dense"

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Times the CPU kernels of decode or prompts: shapes or a model's queries, keys and values in, one
 line per kernel out.
 
@@ -19,10 +18,10 @@ from pathlib import Path
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages, as for the workers of an engine
 
-import kernel_case  # noqa: E402
 import torch  # noqa: E402
-from kernel_case import Case, Run, Shape  # noqa: E402
 
+from benchmarks import kernel_case  # noqa: E402
+from benchmarks.kernel_case import Case, Run, Shape  # noqa: E402
 from vllm_toptheta.kernels.cpu.native import has_avx512  # noqa: E402
 
 _SHAPES = {

@@ -1,5 +1,5 @@
 """Dense attention kernels that the GPU scripts compare ours with: torch's, and vLLM's Triton
-kernel, installed or carried by scripts/carry_vllm_triton.
+kernel, installed or carried by carry_vllm_triton.py.
 """
 
 import importlib
@@ -13,9 +13,10 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 import triton
-from gpu_lib import Batch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.gpu.lib import Batch
 
 CARRIED = Path(__file__).resolve().parent.parent / "build" / "vllm_triton"
 MODULE = "vllm.v1.attention.ops.triton_unified_attention"
@@ -49,7 +50,7 @@ class VllmTriton:
         """The carried kernel where there is one, else that of an installed vLLM, else None.
 
         Args:
-            folder: where scripts/carry_vllm_triton wrote it; None for its default.
+            folder: where carry_vllm_triton.py wrote it; None for its default.
             installed: whether an installed vLLM may be used.
 
         Raises:
@@ -57,8 +58,8 @@ class VllmTriton:
         """
         if folder is not None and not (folder / "vllm").is_dir():
             raise ValueError(
-                f"{folder} holds no vLLM kernel; write it with scripts/carry_vllm_triton {folder} "
-                "where vLLM is installed"
+                f"{folder} holds no vLLM kernel; write it where vLLM is installed: "
+                f"python -m benchmarks.gpu.carry_vllm_triton {folder}"
             )
         folder = folder or CARRIED
         if (folder / "vllm").is_dir():

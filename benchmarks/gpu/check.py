@@ -1,9 +1,8 @@
-#!/usr/bin/env python3
 """Checks the Triton kernels on a GPU and times them: correctness, determinism, graph replay, and
 speed against the dense kernels there are.
 
-From the repository root: `PYTHONPATH=. scripts/gpu_check`. It needs torch and triton and nothing
-else; a folder written by scripts/carry_vllm_triton adds vLLM's Triton attention to the rivals.
+From the repository root: `python -m benchmarks.gpu.check`. It needs torch and triton and nothing
+else; a folder that carry_vllm_triton.py wrote adds vLLM's Triton attention to the rivals.
 Exit status 1 where a result is wrong, whose speed is not printed.
 With TRITON_INTERPRET=1 and no GPU it runs tiny shapes through all of its code and times nothing.
 FlashInfer is no rival here: it compiles its kernels with nvcc, so it cannot be carried.
@@ -19,17 +18,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+import torch
+import triton
 
-import gpu_cases  # noqa: E402
-import torch  # noqa: E402
-import triton  # noqa: E402
-from gpu_bench import TINY_MIN_PROB, bench, bench_launches, timed_shapes  # noqa: E402
-from gpu_lib import E4M3, Machine  # noqa: E402
-from gpu_report import Record, Report  # noqa: E402
-from gpu_rivals import VllmTriton  # noqa: E402
-
-from vllm_toptheta.testing.cases import Spec  # noqa: E402
+from benchmarks.gpu import cases
+from benchmarks.gpu.bench import TINY_MIN_PROB, bench, bench_launches, timed_shapes
+from benchmarks.gpu.lib import E4M3, Machine
+from benchmarks.gpu.report import Record, Report
+from benchmarks.gpu.rivals import VllmTriton
+from vllm_toptheta.testing.cases import Spec
 
 Check = Callable[[Spec, Machine], Record]
 
@@ -38,39 +35,39 @@ def planned(machine: Machine, *, quick: bool) -> list[tuple[Check, Spec]]:
     """Everything but speed."""
     if not machine.is_gpu:
         return [
-            (gpu_cases.check_decode, gpu_cases.TINY),
-            (gpu_cases.check_prompts, gpu_cases.TINY_PROMPT),
-            (gpu_cases.check_determinism, gpu_cases.TINY_DETERMINISM),
+            (cases.check_decode, cases.TINY),
+            (cases.check_prompts, cases.TINY_PROMPT),
+            (cases.check_determinism, cases.TINY_DETERMINISM),
         ]
     most = 3 if quick else None
-    cases: list[tuple[Check, Spec]] = [
-        (gpu_cases.check_determinism, gpu_cases.DETERMINISM),
-        (gpu_cases.check_graph, gpu_cases.GRAPH),
+    wanted: list[tuple[Check, Spec]] = [
+        (cases.check_determinism, cases.DETERMINISM),
+        (cases.check_graph, cases.GRAPH),
     ]
-    cases += [(gpu_cases.check_decode, spec) for spec in gpu_cases.DECODE[:most]]
-    cases += [(gpu_cases.check_prompts, spec) for spec in gpu_cases.PROMPTS[:most]]
+    wanted += [(cases.check_decode, spec) for spec in cases.DECODE[:most]]
+    wanted += [(cases.check_prompts, spec) for spec in cases.PROMPTS[:most]]
     return [case for case in cases if machine.has_e4m3 or case[1].cache_dtype != E4M3]
 
 
 def check_results(machine: Machine, report: Report, *, quick: bool, jobs: int) -> None:
     """Compare results, several cases at a time: compiling is what takes long, and fills Triton's
     cache for what is timed afterwards."""
-    cases = planned(machine, quick=quick)
+    wanted = planned(machine, quick=quick)
     if jobs == 1:
-        for check, spec in cases:
-            report.add(gpu_cases.guarded(check, spec, machine))
+        for check, spec in wanted:
+            report.add(cases.guarded(check, spec, machine))
         return
     # A process for each, so that an illegal access spoils no other case.
     with concurrent.futures.ProcessPoolExecutor(
         jobs, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
     ) as pool:
-        running = [(case, pool.submit(gpu_cases.guarded, *case, machine)) for case in cases]
+        running = [(case, pool.submit(cases.guarded, *case, machine)) for case in wanted]
         for (check, spec), done in running:
             try:
                 report.add(done.result())
             except concurrent.futures.process.BrokenProcessPool as problem:
-                about = gpu_cases.about(check.__name__, spec)
-                report.add(about | gpu_cases.failure(problem))
+                about = cases.about(check.__name__, spec)
+                report.add(about | cases.failure(problem))
 
 
 def measure(
@@ -99,7 +96,7 @@ def measure(
         except torch.cuda.OutOfMemoryError:
             report.skip(f"{what}: out of memory")
         except Exception as problem:
-            report.add({"check": "speed", "shape": what} | gpu_cases.failure(problem))
+            report.add({"check": "speed", "shape": what} | cases.failure(problem))
             if machine.is_gpu:
                 torch.cuda.synchronize()  # raises where the device is lost, as all others would
 
@@ -123,7 +120,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--no-benchmark", action="store_true")
     parser.add_argument("--launches", action="store_true", help="time other launch parameters too")
     parser.add_argument(
-        "--vllm-triton", type=Path, help="folder of scripts/carry_vllm_triton [build/vllm_triton]"
+        "--vllm-triton", type=Path, help="folder of carry_vllm_triton [build/vllm_triton]"
     )
     parser.add_argument("--json", type=Path, help="write all records here, as they come")
     return parser.parse_args()
@@ -142,7 +139,7 @@ def main() -> int:
         "torch": f"torch {torch.__version__}",
         "triton": f"triton {triton.__version__}",
         "rival": vllm.origin if vllm else "without vLLM's Triton kernel",
-        "command": " ".join(["scripts/gpu_check", *sys.argv[1:]]),
+        "command": " ".join(["python -m benchmarks.gpu.check", *sys.argv[1:]]),
     }
     report = Report(about, options.json)
     print("\n".join(about.values()), flush=True)

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Speed of `vllm serve`: stock against toptheta, same prompts, dtype and threads, interleaved.
 
 All servers stay up; while one is measured the others are frozen. For decoding, a first request per
@@ -6,8 +5,8 @@ prompt fills the prefix cache, so that the measured requests prefill next to not
 every prompt is new, and the time to its first token is measured. Run it with the environment's
 interpreter:
 
-    .venv/bin/python scripts/bench_serve --json serve.jsonl
-    .venv/bin/python scripts/bench_serve --ttft --kv-lens 8192 --phases decode both
+    .venv/bin/python -m benchmarks.serve --json serve.jsonl
+    .venv/bin/python -m benchmarks.serve --ttft --kv-lens 8192 --phases decode both
 """
 
 import argparse
@@ -21,10 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fetch_model import fetch
 from openai import AsyncOpenAI
-from server import Server, add_pruning_options, pruning_options
 from transformers import AutoTokenizer
+
+from scripts.fetch_model import fetch
+from scripts.server import Server, add_pruning_options, pruning_options
 
 STOCK = "vllm"
 

@@ -1,0 +1,28 @@
+"""Offline inference with pruning, and what every answer cost.
+
+python examples/offline.py MODEL
+"""
+
+import sys
+
+from vllm import LLM, SamplingParams
+
+
+def main() -> None:
+    llm = LLM(
+        sys.argv[1],
+        attention_backend="toptheta",
+        additional_config={"toptheta": {"min_prob": 0.001, "min_kv_len": 256}},
+        max_model_len=4096,
+    )
+    text = "The lighthouse keeper wrote down every ship that passed. " * 60
+    prompts = [f"{text}\nHow many lines did he write?", f"{text}\nWhat did he write down?"]
+    sampling = SamplingParams(max_tokens=32, temperature=0, extra_args={"toptheta_min_prob": 0.002})
+    for answer in llm.generate(prompts, sampling):
+        cost = answer.toptheta
+        print(answer.outputs[0].text.strip())
+        print(f"  {cost['v_rows_read']} of {cost['v_rows_scored']} V rows read")
+
+
+if __name__ == "__main__":
+    main()
