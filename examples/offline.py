@@ -19,7 +19,7 @@ def main() -> None:
     prompts = [f"{text}\nHow many lines did he write?", f"{text}\nWhat did he write down?"]
     sampling = SamplingParams(max_tokens=32, temperature=0, extra_args={"toptheta_min_prob": 0.002})
     for answer in llm.generate(prompts, sampling):
-        cost = answer.toptheta
+        cost = answer.kv_transfer_params["toptheta"]  # where vLLM lets a plug-in add to an output
         print(answer.outputs[0].text.strip())
         print(f"  {cost['v_rows_read']} of {cost['v_rows_scored']} V rows read")
 

@@ -267,3 +267,14 @@ def test_prompts_and_floors_and_launch_parameters(
         assert len(records) == 2
         assert all(record["ok"] for record in records)
         assert records[0]["config"] != records[1]["config"]
+
+
+def test_what_is_compared_on_a_gpu(machine: Any) -> None:
+    from benchmarks.gpu import cases, check
+
+    gpu = dataclasses.replace(machine, device=torch.device("cuda"))
+    every = check.planned(gpu, quick=False)
+    assert len(every) == 2 + len(cases.DECODE) + len(cases.PROMPTS)
+    assert len(check.planned(gpu, quick=True)) == 8
+    without = check.planned(dataclasses.replace(gpu, has_e4m3=False), quick=False)
+    assert {spec.cache_dtype for _, spec in without} == {None}

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).resolve().parent.parent / "build" / "vllm_triton"
+FOLDER = Path(__file__).resolve().parents[2] / "build" / "vllm_triton"
 COPIED = (
     "vllm.v1.attention.ops.triton_unified_attention",
     "vllm.v1.attention.ops.triton_attention_helpers",

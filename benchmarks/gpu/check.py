@@ -46,7 +46,7 @@ def planned(machine: Machine, *, quick: bool) -> list[tuple[Check, Spec]]:
     ]
     wanted += [(cases.check_decode, spec) for spec in cases.DECODE[:most]]
     wanted += [(cases.check_prompts, spec) for spec in cases.PROMPTS[:most]]
-    return [case for case in cases if machine.has_e4m3 or case[1].cache_dtype != E4M3]
+    return [case for case in wanted if machine.has_e4m3 or case[1].cache_dtype != E4M3]
 
 
 def check_results(machine: Machine, report: Report, *, quick: bool, jobs: int) -> None:

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu.lib import Batch
 
-CARRIED = Path(__file__).resolve().parent.parent / "build" / "vllm_triton"
+CARRIED = Path(__file__).resolve().parents[2] / "build" / "vllm_triton"
 MODULE = "vllm.v1.attention.ops.triton_unified_attention"
 
 # What vLLM's backend passes: a split in 16 for batches too small for a grid of 128 programs.
