@@ -2,14 +2,16 @@
 
 import contextlib
 import dataclasses
+import json
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from gpu_scripts import CHECK, run_module
+from gpu_scripts import CHECK, run_bare, run_module
 from triton_interpreter import needs_interpreter
 
 pytest.importorskip("triton")
@@ -278,3 +280,34 @@ def test_what_is_compared_on_a_gpu(machine: Any) -> None:
     assert len(check.planned(gpu, quick=True)) == 8
     without = check.planned(dataclasses.replace(gpu, has_e4m3=False), quick=False)
     assert {spec.cache_dtype for _, spec in without} == {None}
+
+
+@pytest.mark.parametrize("call", ["probe", "results", "table"])
+def test_the_short_run_is_rehearsed(call: str, tmp_path: Path) -> None:
+    """Every step of its three calls but the numbers, as on a machine with torch and triton only."""
+    path = tmp_path / "records.json"
+    done = run_bare(tmp_path, "benchmarks.gpu.short_run", call, "--json", path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    found = json.loads(path.read_text())
+    assert found["skipped"] == []
+    checks = [record["check"] for record in found["records"]]
+    expected = {
+        "probe": ["bandwidth", "bandwidth", "decode", "speed"],
+        "results": ["decode", "prompts", "determinism"],
+        "table": ["speed", "dense speed", "mixed speed", "prompt speed"] * 2 + ["launch"] * 2,
+    }
+    assert checks == expected[call]
+
+
+def test_a_wrong_result_ends_the_probe_before_anything_is_timed(
+    machine: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from benchmarks.gpu import bench, cases, short_run
+
+    monkeypatch.setattr(short_run.Machine, "find", lambda: machine)
+    monkeypatch.setattr(short_run.VllmTriton, "find", lambda *args, **kwargs: None)
+    wrong = {"check": "decode", "ok": False}
+    monkeypatch.setattr(cases, "guarded", lambda *args: wrong)
+    monkeypatch.setattr(bench, "bench", lambda *args: pytest.fail("timed"))
+    monkeypatch.setattr(short_run.sys, "argv", ["short_run", "probe"])
+    assert short_run.main() == 1
