@@ -1,7 +1,7 @@
-"""Fifteen minutes on a GPU, in three calls: `python -m benchmarks.gpu.short_run probe|results|table`.
+"""Fifteen minutes on a GPU, in three calls: `python -m benchmarks.gpu.short_run CALL`.
 
-Each call ends by itself within its seconds, and prints and writes what it measures line by line: that
-stays, whatever happens next.
+Each call ends by itself within its seconds, and prints and writes what it measures line by line, so
+that it stays whatever happens next.
 
     probe     280 s   bandwidths (a copy; K rows of random pages), one bf16 and one fp8 case against
                       float64, one graph replay, then decode at four batches beside its dense rivals
