@@ -171,15 +171,17 @@ def calibrate(
             "transformers": transformers.__version__,
         },
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        command=_command(name, corpus, options),
+        command=_command(name, corpus, options, model.dtype),
     )
     return ThresholdTable(metadata, **vars(fit(statistics)))
 
 
-def _command(name: str, corpus: Corpus, options: CalibrationOptions) -> str:
-    text = f" --text {' '.join(corpus.files)}" if corpus.files else ""
+def _command(name: str, corpus: Corpus, options: CalibrationOptions, dtype: torch.dtype) -> str:
+    more = "" if dtype == torch.float32 else f" --dtype {str(dtype).removeprefix('torch.')}"
+    if corpus.files:
+        more += f" --text {' '.join(corpus.files)}"
     return (
-        f"toptheta calibrate {name}{text} --tokens {options.num_tokens} --length {options.length} "
+        f"toptheta calibrate {name}{more} --tokens {options.num_tokens} --length {options.length} "
         f"--min-prob {options.min_prob:g}"
     )
 
