@@ -298,6 +298,8 @@ SERVED: dict[str, Family] = {
     ),
 }
 
+_GEMMA3 = SERVED["gemma3"]
+
 REFUSED: dict[str, tuple[Family, str]] = {
     "deepseek-v2": (
         Family(
@@ -332,6 +334,10 @@ REFUSED: dict[str, tuple[Family, str]] = {
     "bert": (
         Family(lambda: tf.BertConfig(**_SIZES), {"runner": "pooling"}),
         "encoders",
+    ),
+    "gemma3-images": (
+        Family(_GEMMA3.config, {}, _GEMMA3.needs),
+        "images that attend to themselves",
     ),
 }
 """Families and the words by which they are refused; their configuration is enough."""

@@ -101,6 +101,9 @@ class ModelIdentity(BaseModel):
         for field in _FIELDS:
             if (value := getattr(text, field, None)) is not None:
                 fields[field] = value
+        if fields.get("model_type") == "transformer":  # what vLLM makes of Mistral's params.json
+            is_moe = "MixtralForCausalLM" in (getattr(text, "architectures", None) or [])
+            fields["model_type"] = "mixtral" if is_moe else "mistral"
         fields["num_attention_heads"] = num_heads[0]
         fields["num_key_value_heads"] = _one_or_all(kv_heads)
         fields["head_dim"] = _one_or_all(head_dims)

@@ -16,6 +16,8 @@ import pytest
 from e2e.conftest import ENV
 from tiny_families import REFUSED, SERVED, save_checkpoint
 
+from vllm_toptheta.model_identity import ModelIdentity
+
 HERE = Path(__file__).parent
 ENGINE = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
 
@@ -38,6 +40,8 @@ def results(
             jobs.append((name, str(save_checkpoint(family, folder / name)), family.arguments, True))
     for name in sorted(chosen & REFUSED.keys()):
         family, _ = REFUSED[name]
+        if family.needs is not None and not find_spec(family.needs):
+            continue
         path = folder / name
         config = family.config()
         config.architectures = config.architectures or [ARCHITECTURES[name]]
@@ -71,10 +75,37 @@ ARCHITECTURES = {
     "llama4-text": "Llama4ForCausalLM",
     "mamba2": "Mamba2ForCausalLM",
     "bert": "BertModel",
+    "gemma3-images": "Gemma3ForConditionalGeneration",
 }
 
 
-@pytest.mark.parametrize("name", SERVED)
+def test_the_documentation_has_every_family() -> None:
+    text = (HERE.parent.parent / "docs" / "models.md").read_text()
+    assert not [name for name in (*SERVED, *REFUSED) if f"`{name}`" not in text]
+
+
+def test_both_formats_of_a_mistral_have_one_table(tmp_path: Path) -> None:
+    from vllm.transformers_utils.config import get_config
+
+    hf, params = (
+        ModelIdentity.from_config(
+            get_config(save_checkpoint(SERVED[name], tmp_path / name), trust_remote_code=False)
+        )
+        for name in ("mistral", "mistral-params-json")
+    )
+    assert params.differences(hf) == ""
+
+
+def _served() -> list[Any]:
+    large_blocks = pytest.mark.xfail(
+        strict=True,
+        reason="TopThetaCPUBackend does not ask vLLM for the parts of `kernel_block_size` yet",
+    )
+    marks = {"qwen3-next": large_blocks, "qwen3.5": large_blocks}
+    return [pytest.param(name, marks=marks.get(name, ())) for name in SERVED]
+
+
+@pytest.mark.parametrize("name", _served())
 def test_a_family_is_pruned_and_off_is_stock(results: dict[str, Any], name: str) -> None:
     family = SERVED[name]
     if name not in results:
@@ -95,8 +126,11 @@ def test_a_family_is_pruned_and_off_is_stock(results: dict[str, Any], name: str)
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_family_is_refused_by_its_configuration(results: dict[str, Any], name: str) -> None:
+    family, words = REFUSED[name]
+    if name not in results:
+        pytest.skip(f"vLLM imports {family.needs} for it, which is not installed")
     result = results[name]["ours"]
-    assert f"toptheta does not work with {REFUSED[name][1]}" in result["error"]
+    assert f"toptheta does not work with {words}" in result["error"]
     assert "\n" not in result["error"]
-    assert "--attention-backend" in result["error"]
+    assert " --" in result["error"]
     assert not result["worker_started"]

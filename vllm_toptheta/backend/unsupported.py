@@ -117,6 +117,12 @@ _REFUSALS = (
         _ANOTHER_BACKEND,
     ),
     _Refusal(
+        lambda config: config.model_config.is_mm_prefix_lm,
+        "images that attend to themselves",
+        "only causal attention is pruned",
+        "Pass --language-model-only to serve text alone",
+    ),
+    _Refusal(
         _attention_is("attention_free"),
         "models without attention",
         "there is nothing to prune",
