@@ -87,7 +87,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
             "threshold_store",
         },
     ),
-    "backend.registration": ({"vllm"}, {"backend", "serving.install", "telemetry"}),
+    "backend.registration": ({"vllm"}, {"backend", "config", "serving.install", "telemetry"}),
     "serving": (
         {"fastapi", "numpy", "starlette", "vllm"},
         {"config", "model_identity", "request_options", "serving", "telemetry", "thresholds"},

@@ -12,6 +12,14 @@ from vllm_toptheta.model_identity import ModelIdentity
 from vllm_toptheta.threshold_store import ThresholdStore, folder_name
 from vllm_toptheta.thresholds import ThresholdTable
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0],
+    "long_factor": [4.0],
+    "original_max_position_embeddings": 512,
+}
 SHIPPED = sorted((Path(__file__).parent.parent / "thresholds").glob("*/*.safetensors"))
 
 
@@ -21,7 +29,7 @@ def store(tmp_path: Path) -> ThresholdStore:
 
 
 def test_auto_goes_by_identity_not_by_name(store: ThresholdStore) -> None:
-    make_table(make_identity(vocab_size=7)).save(
+    make_table(make_identity(hidden_size=128)).save(
         store.user_dir / "org--model" / "table.safetensors"
     )
     path = store.shipped_dir / "someone--else" / "anything.safetensors"  # type: ignore[operator]
@@ -38,7 +46,8 @@ def test_auto_prefers_the_users_newest(store: ThresholdStore) -> None:
 
 
 def test_auto_without_a_table_says_where_and_what_next(store: ThresholdStore) -> None:
-    make_table(make_identity(vocab_size=7)).save(store.path_for(make_identity("org/foreign"), "a"))
+    foreign = make_identity("org/foreign", hidden_size=128)
+    make_table(foreign).save(store.path_for(foreign, "a"))
     with pytest.raises(FileNotFoundError) as caught:
         store.find("auto", make_identity())
     message = str(caught.value)
@@ -47,6 +56,7 @@ def test_auto_without_a_table_says_where_and_what_next(store: ThresholdStore) ->
         str(store.shipped_dir),
         "toptheta calibrate org/model",
         "org--foreign",
+        "hidden_size: got 128, expected 64",
     ):
         assert part in message
 
@@ -61,9 +71,10 @@ def test_broken_file_of_another_model_does_not_stop_auto(store: ThresholdStore) 
 def test_explicit_path(store: ThresholdStore, tmp_path: Path) -> None:
     path = tmp_path / "mine.safetensors"
     make_table().save(path)
-    assert store.find(str(path), make_identity()).path == path
-    with pytest.raises(ValueError, match="vocab_size: got 100, expected 7"):
-        store.find(str(path), make_identity(vocab_size=7))
+    found = store.find(str(path), make_identity())
+    assert (found.path, found.differs, found.scores_differ) == (path, "", False)
+    with pytest.raises(ValueError, match="num_hidden_layers: got 2, expected 3"):
+        store.find(str(path), make_identity(num_hidden_layers=3))
 
 
 @pytest.mark.parametrize("spec", ["org--model", "org/model"])
@@ -71,8 +82,29 @@ def test_name(store: ThresholdStore, spec: str) -> None:
     path = store.shipped_dir / "org--model" / "a.safetensors"  # type: ignore[operator]
     make_table().save(path)
     assert store.find(spec, make_identity()).path == path
-    with pytest.raises(ValueError, match="vocab_size: got 100, expected 7"):
-        store.find(spec, make_identity(vocab_size=7))
+    with pytest.raises(ValueError, match="num_hidden_layers: got 2, expected 3"):
+        store.find(spec, make_identity(num_hidden_layers=3))
+
+
+def test_a_named_table_is_taken_for_other_scores_and_says_so(store: ThresholdStore) -> None:
+    make_table().save(store.path_for(make_identity(), "a"))
+    yarn = make_identity(rope_parameters=YARN)
+    with pytest.raises(FileNotFoundError, match="rope: got .*, expected .*yarn"):
+        store.find("auto", yarn)
+    found = store.find("org/model", yarn)
+    assert found.scores_differ
+    assert "'rope_type': 'yarn'" in found.differs
+
+
+def test_auto_finds_a_siblings_table_and_says_what_differs(store: ThresholdStore) -> None:
+    path = store.path_for(make_identity(), "a")
+    make_table(make_identity(eos_token_id=2)).save(path)
+    found = store.find("auto", make_identity("me/tuned", vocab_size=108, eos_token_id=3))
+    assert found.path == path
+    assert not found.scores_differ
+    assert found.differs == (
+        "eos_token_id: got [2], expected [3]; vocab_size: got 100, expected 108"
+    )
 
 
 def test_unknown_name(store: ThresholdStore) -> None:
@@ -114,8 +146,10 @@ def test_identity_ignores_path_dtype_spelling_and_the_output_head() -> None:
         {"num_key_value_heads": 4},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
         {"sliding_window": 128},
-        {"layer_types": ["full_attention", "sliding_attention"]},
-        {"eos_token_id": 3},
+        {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 128},
+        {"layer_types": ["full_attention", "linear_attention"]},
+        {"rope_parameters": YARN},
+        {"hidden_size": 128},
         {"attn_logit_softcapping": 50.0},
     ],
 )
@@ -125,9 +159,62 @@ def test_identity_notices(fields: dict[str, object]) -> None:
     assert make_identity().differences(other)
 
 
-def test_identity_refuses_heads_that_differ_by_layer() -> None:
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"eos_token_id": 3},
+        {"bos_token_id": [0, 1]},
+        {"vocab_size": 7},
+        {"quantization_config": {"quant_method": "awq"}},
+        {"max_position_embeddings": 1 << 20},
+        {"layer_types": ["full_attention"] * 2},
+        {"sliding_window": 128, "use_sliding_window": False},
+    ],
+)
+def test_what_does_not_change_scores_does_not_matter(fields: dict[str, object]) -> None:
+    assert make_identity().matches(make_identity(**fields))
+    assert make_identity().differences(make_identity(**fields)) == ""
+
+
+def test_a_window_that_no_row_outgrows_is_none() -> None:
+    windowed = make_identity(sliding_window=64)
+
+    def served(max_len: int) -> ModelIdentity:
+        return ModelIdentity.from_config(FakeConfig(), max_len=max_len)
+
+    # As --disable-sliding-window, which caps the length.
+    assert windowed.matches(served(64))
+    assert served(64).matches(windowed)
+    assert not windowed.matches(served(65))
+
+
+@pytest.mark.parametrize(("first", "second", "same"), [(256, 512, True), (256, 513, False)])
+def test_longrope_goes_by_the_factors_in_use(first: int, second: int, same: bool) -> None:
+    config = FakeConfig(rope_parameters=LONGROPE, max_position_embeddings=2048)
+    one, other = (ModelIdentity.from_config(config, max_len=n) for n in (first, second))
+    assert one.matches(other) is same
+    assert ModelIdentity.from_config(config).matches(other) is not same
+    assert ("long_factor" in str(other.fields["rope"])) is not same
+
+
+def test_heads_that_differ_by_layer() -> None:
     with pytest.raises(ValueError, match="num_attention_heads is \\[4, 2\\]"):
         make_identity(num_attention_heads=[4, 2])
+    layers = [FakeConfig(head_dim=16), FakeConfig(head_dim=32, num_key_value_heads=1)]
+    identity = make_identity(is_heterogeneous=True, per_layer_config=layers)
+    assert (identity.head_dim, identity.num_kv_heads) == (32, 2)
+    assert [identity.kv_heads_of(layer) for layer in range(2)] == [2, 1]
+    assert not identity.uniform
+    assert not identity.fits(make_identity())
+    assert make_identity().uniform
+
+
+@pytest.mark.parametrize(
+    ("fields", "kv_heads"),
+    [({"num_kv_heads": 2}, 2), ({"multi_query": True}, 1), ({}, 4)],
+)
+def test_kv_heads_by_their_other_names(fields: dict[str, object], kv_heads: int) -> None:
+    assert make_identity(num_key_value_heads=None, **fields).num_kv_heads == kv_heads
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.parent.name)

@@ -217,9 +217,9 @@ def test_wrong_tensors(tmp_path: Path, tensors: dict[str, torch.Tensor], message
 
 
 def test_foreign_table_names_the_differing_fields() -> None:
-    expected = make_identity("org/other", vocab_size=101)
+    expected = make_identity("org/other", num_hidden_layers=3)
     with pytest.raises(
-        ValueError, match="vocab_size: got 100, expected 101.*toptheta calibrate org/other"
+        ValueError, match="num_hidden_layers: got 2, expected 3.*toptheta calibrate org/other"
     ):
         make_table().check_model(expected)
 

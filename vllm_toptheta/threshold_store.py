@@ -13,10 +13,19 @@ from vllm_toptheta.thresholds import TableMetadata, ThresholdTable, read_metadat
 
 
 class FoundTable(NamedTuple):
-    """A table and the file it came from."""
+    """A table and the file it came from.
+
+    Attributes:
+        table: the table.
+        path: its file.
+        differs: fields of its model's config that the served model has otherwise; "" without any.
+        scores_differ: whether they change attention scores, so that it was not calibrated for them.
+    """
 
     table: ThresholdTable
     path: Path
+    differs: str = ""
+    scores_differ: bool = False
 
 
 class ThresholdStore:
@@ -46,28 +55,36 @@ class ThresholdStore:
         Args:
             spec: "auto" (any table whose identity matches: the user's newest first, then shipped),
                 the path of a file, or the name of a folder in the store ("org--model" or
-                "org/model").
+                "org/model"). A table that is named needs as many layers and heads only.
             identity: the model that is to be served.
 
         Raises:
             FileNotFoundError: no table; says where it was looked for and what to type next.
-            ValueError: the named table is broken, or belongs to another model (names the fields
+            ValueError: the named table is broken, or has other layers or heads (names the fields
                 that differ).
         """
         if spec != "auto" and (path := Path(spec).expanduser()).is_file():
-            return self._checked(path, identity)
+            table = ThresholdTable.load(path)
+            table.check_model(identity, source=f"table {path}")
+            return _found(table, path, identity)
         rejected: list[str] = []
+        near: FoundTable | None = None
         for path in self._candidates(None if spec == "auto" else folder_name(spec)):
             try:
                 metadata = read_metadata(path)
             except ValueError as error:
                 rejected.append(str(error))
                 continue
-            if metadata.identity.matches(identity):
-                return FoundTable(ThresholdTable.load(path), path)
+            fits = metadata.identity.fits(identity)
+            if fits and metadata.identity.matches(identity):
+                return _found(ThresholdTable.load(path), path, identity)
+            if fits and spec != "auto" and near is None:
+                near = _found(ThresholdTable.load(path), path, identity)
             rejected.append(f"{path}: for another model, {_model_of(metadata)}")
-            if spec != "auto":
+            if fits or spec != "auto":
                 rejected[-1] += f" ({metadata.identity.differences(identity)})"
+        if near is not None:
+            return near
         message = (
             f"no threshold table for {identity.name or 'this model'} "
             f"(config hash {identity.config_hash[:12]}, asked for {spec!r}) in {self.user_dir} or "
@@ -95,12 +112,6 @@ class ThresholdStore:
         if self.shipped_dir is not None:
             yield from sorted(self.shipped_dir.glob(pattern))
 
-    @staticmethod
-    def _checked(path: Path, identity: ModelIdentity) -> FoundTable:
-        table = ThresholdTable.load(path)
-        table.check_model(identity, source=f"table {path}")
-        return FoundTable(table, path)
-
 
 def folder_name(model_name: str) -> str:
     """The store's folder of a model: "org/model" and a local path "…/org/model" become
@@ -108,6 +119,12 @@ def folder_name(model_name: str) -> str:
     """
     parts = [part for part in model_name.split("/") if part not in ("", ".", "..")]
     return "--".join(parts[-2:]) or "unnamed"
+
+
+def _found(table: ThresholdTable, path: Path, identity: ModelIdentity) -> FoundTable:
+    of_table = table.metadata.identity
+    differs = of_table.differences(identity, decisive=False)
+    return FoundTable(table, path, differs, not of_table.matches(identity))
 
 
 def _model_of(metadata: TableMetadata) -> str:

@@ -200,12 +200,12 @@ class ThresholdTable:
         )
 
     def check_model(self, identity: ModelIdentity, source: str = "table") -> None:
-        """Refuse a table that was calibrated on another model.
+        """Refuse a table of a model that has other layers or heads.
 
         Raises:
             ValueError: names the config fields that differ.
         """
-        if not self.metadata.identity.matches(identity):
+        if not self.metadata.identity.fits(identity):
             raise ValueError(
                 f"threshold {source} was calibrated on another model "
                 f"({self.metadata.identity.name or 'unnamed'}): "

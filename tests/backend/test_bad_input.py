@@ -137,6 +137,74 @@ def test_a_table_of_another_model(smollm2: Path, unknown: Path, tmp_path: Path) 
         configure(smollm2, options={"thresholds": str(path), "k": 16})
 
 
+def edited(model: Path, folder: Path, **fields: Any) -> Path:
+    """The configuration of a checkpoint with some fields changed."""
+    config = AutoConfig.from_pretrained(model)
+    for name, value in fields.items():
+        setattr(config, name, value)
+    config.save_pretrained(folder)
+    return folder
+
+
+def test_a_sibling_is_served_with_the_table_and_told_what_differs(
+    smollm2: Path, own_tables: Path, tmp_path: Path, lines: Any
+) -> None:
+    tuned = edited(smollm2, tmp_path / "tuned", eos_token_id=3, vocab_size=49160)
+    configure(tuned, skip_tokenizer_init=True)
+    told, note = lines()
+    assert "thresholds " in told
+    assert "a sibling's: " in note
+    assert "vocab_size: got 49152, expected 49160" in note
+
+
+YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8192}
+
+
+def test_another_rope_is_served_with_defaults(smollm2: Path, own_tables: Path, lines: Any) -> None:
+    configure(smollm2, hf_overrides={"rope_parameters": {**YARN, "rope_theta": 100000.0}})
+    told, why = lines()
+    assert "no threshold table" in told
+    assert "rope: got {'rope_theta': 100000.0, 'rope_type': 'default'}, expected" in why
+    assert "--hf-overrides: put them into the config.json of a copy" in why
+
+
+def test_a_named_table_is_taken_with_a_warning(smollm2: Path, table: str, lines: Any) -> None:
+    overrides = {"rope_parameters": {**YARN, "rope_theta": 100000.0}}
+    config = configure(smollm2, hf_overrides=overrides, options={"thresholds": table, "k": 64})
+    assert Plan.from_vllm_config(config).table is not None
+    assert "calibrated for other attention scores" in lines()[1]
+    assert "'rope_type': 'yarn'" in lines()[1]
+
+
+def test_a_window_that_is_switched_off_keeps_the_table(
+    smollm2: Path, own_tables: Path, tmp_path: Path
+) -> None:
+    windowed = edited(smollm2, tmp_path / "windowed", sliding_window=64)
+    save_table(windowed, own_tables / "windowed" / "table.safetensors")
+    args = EngineArgs(
+        model=str(windowed),
+        attention_backend="toptheta",
+        disable_sliding_window=True,
+        skip_tokenizer_init=True,
+    )
+    assert Plan.from_vllm_config(args.create_engine_config()).table is not None
+
+
+@pytest.mark.parametrize(
+    ("fields", "kwargs", "words"),
+    [
+        ({"head_dim": 72}, {}, "this head size on a CPU"),
+        ({}, {"kv_cache_dtype": "fp8"}, "an fp8 KV cache on a CPU.*Drop --kv-cache-dtype"),
+    ],
+)
+def test_layers_that_cannot_run_end_the_start(
+    smollm2: Path, tmp_path: Path, fields: dict[str, Any], kwargs: dict[str, Any], words: str
+) -> None:
+    model = edited(smollm2, tmp_path / "model", **fields)
+    with pytest.raises(ValueError, match=words):
+        configure(model, skip_tokenizer_init=True, **kwargs)
+
+
 def test_a_broken_table(smollm2: Path, tmp_path: Path) -> None:
     path = save_table(smollm2, tmp_path / "broken.safetensors")
     path.write_bytes(path.read_bytes()[:1000])

@@ -145,3 +145,18 @@ def test_spawned_processes_allocate_huge_pages(
         EngineArgs(**options, attention_backend=backend).create_engine_config()
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.apply(_huge_bytes_of_a_large_tensor) >= 32 << 20
+
+
+def test_options_stay_out_of_the_compile_hash() -> None:
+    hashes = {
+        VllmConfig(additional_config=config).compute_hash()
+        for config in (
+            {},
+            {"toptheta": {"k": 64}},
+            {"toptheta": {"k": 128, "telemetry": False}},
+        )
+    }
+    assert len(hashes) == 1
+    config = VllmConfig(additional_config={"toptheta": {"k": 64}, "gdn_prefill_backend": "triton"})
+    assert config.compute_hash() not in hashes
+    assert config.additional_config["toptheta"] == {"k": 64}

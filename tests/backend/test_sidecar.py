@@ -20,7 +20,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout  # noqa: E402
 from vllm.v1.worker.utils import allocate_kv_cache  # noqa: E402
 
 from vllm_toptheta.backend.cpu import TopThetaCPUBackend  # noqa: E402
-from vllm_toptheta.backend.sidecar import check_page, enlarge_page  # noqa: E402
+from vllm_toptheta.backend.sidecar import check_page, enlarge_page, kernel_block_size  # noqa: E402
 from vllm_toptheta.kernels.layout import PageLayout  # noqa: E402
 
 
@@ -83,3 +83,20 @@ def test_parts_of_an_allocated_cache_do_not_overlap(head_size: int, dtype: torch
         part.fill_(number)
     for number, part in enumerate(parts()):
         assert (part == number).all()
+
+
+@pytest.mark.parametrize(
+    ("block_size", "expected"),
+    [(128, 128), (512, 512), (1152, 384), (960, 320), (544, 32), (1024, 512)],
+)
+def test_blocks_of_mamba_size_are_cut_for_the_kernels(block_size: int, expected: int) -> None:
+    assert kernel_block_size(block_size) == expected
+    spec = enlarge_page(spec_of(block_size=block_size))
+    parts = spec.copy_with_new_block_size(expected)
+    check_page(parts, PageLayout(expected, spec.head_size))
+    assert spec.page_size_bytes == block_size // expected * parts.page_size_bytes
+
+
+def test_a_block_without_such_parts_is_refused() -> None:
+    with pytest.raises(ValueError, match="blocks of 528 tokens .* pass --block-size 128"):
+        kernel_block_size(528)

@@ -65,9 +65,17 @@ class Plan:
         """
         config = TopThetaConfig.from_additional_config(vllm_config.additional_config)
         model = vllm_config.model_config
-        identity = ModelIdentity.from_config(model.hf_text_config, name=model.model)
-        plan = cls(config, identity, *_find_table(config.thresholds, identity))
         check_engine(vllm_config)
+        identity = ModelIdentity.from_config(
+            model.hf_text_config, name=model.model, max_len=model.max_model_len
+        )
+        found, no_table = _find_table(config.thresholds, identity)
+        if no_table is not None and model.hf_overrides:
+            no_table += (
+                ". It is calibrated for a config without --hf-overrides: put them into the "
+                "config.json of a copy of the model, and calibrate that"
+            )
+        plan = cls(config, identity, found, no_table)
         plan.check()
         return plan
 
@@ -181,7 +189,8 @@ class Plan:
             ValueError: the model has no such heads.
         """
         if self.table is None:
-            group = self.identity.num_heads // self.identity.num_kv_heads
+            # Layers that run together have as many kv heads.
+            group = self.identity.num_heads // self.identity.kv_heads_of(layers[0])
             num_kv_heads = -(-num_heads // group)
             weights = torch.tensor(UNCALIBRATED_WEIGHTS).repeat(len(layers), num_heads, 1)
             offsets = torch.zeros(len(layers), num_kv_heads)

@@ -1,15 +1,19 @@
 """Registers the backend TOPTHETA with vLLM: one call in, an enum member that pickles, is selected
 on CPU, and whose options are checked before any process is spawned.
 
-The two wraps of vLLM internals live here and nowhere else:
+The three wraps of vLLM internals live here and nowhere else:
 
 * `CpuPlatform.get_attn_backend_cls` replaces every backend but CPU_ATTN by CPU_ATTN. It can go when
   vLLM's CPU platform honours registered backends.
 * `EngineArgs.create_engine_config` has no hook for plug-in options. Without the wrap a wrong option
   would only surface as a stack trace of a worker process. It can go when vLLM validates
   `additional_config` through plug-ins.
+* `VllmConfig.compute_hash` takes all of `additional_config` for part of the compiled graph, which
+  our options are not: without the wrap a start with another dial compiles the model again. It can
+  go when vLLM lets a plug-in say what of it counts.
 """
 
+import copy
 import functools
 import logging
 import os
@@ -51,12 +55,14 @@ def _register() -> None:
 
     if NAME in AttentionBackendEnum.__members__:
         return
+    from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms.cpu import CpuPlatform
 
     from vllm_toptheta.serving.install import install_on_arguments
 
     select, create = CpuPlatform.get_attn_backend_cls, EngineArgs.create_engine_config
+    compute_hash = VllmConfig.compute_hash
     vllm_register_backend(NAME, backend_path())
     member = AttentionBackendEnum[NAME]
     # An enum member pickles as a look-up of its value, and spawned processes unpickle the
@@ -64,6 +70,7 @@ def _register() -> None:
     member.__reduce_ex__ = lambda protocol: (load_member, ())
     CpuPlatform.get_attn_backend_cls = classmethod(_select_on_cpu(select.__func__, member))
     EngineArgs.create_engine_config = _check_options(create)
+    VllmConfig.compute_hash = _hash_without_options(compute_hash)
     install_on_arguments()
     _warn_if_untested()
 
@@ -129,12 +136,34 @@ def _check_options(original: Any) -> Any:
             logger.info("%s", plan.describe())
             if plan.no_table is not None:
                 logger.info("toptheta serves with defaults: %s", plan.no_table)
+            if plan.found is not None and plan.found.scores_differ:
+                logger.warning(
+                    "toptheta: the threshold table was calibrated for other attention scores, "
+                    "watch kept_mass: %s",
+                    plan.found.differs,
+                )
+            elif plan.found is not None and plan.found.differs:
+                logger.info("toptheta: the threshold table is a sibling's: %s", plan.found.differs)
             install_on_scheduler()
             install(self, vllm_config, plan)
             _ask_for_huge_pages()
         return vllm_config
 
     return create_engine_config
+
+
+def _hash_without_options(original: Any) -> Any:
+    from vllm_toptheta.config import CONFIG_KEY
+
+    @functools.wraps(original)
+    def compute_hash(self: Any, *args: Any, **kwargs: Any) -> Any:
+        options = self.additional_config
+        if isinstance(options, dict) and CONFIG_KEY in options:
+            self = copy.copy(self)
+            self.additional_config = {k: v for k, v in options.items() if k != CONFIG_KEY}
+        return original(self, *args, **kwargs)
+
+    return compute_hash
 
 
 def _ask_for_huge_pages() -> None:

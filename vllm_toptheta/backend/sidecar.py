@@ -15,10 +15,28 @@ import torch
 from torch import Tensor
 from vllm.utils.torch_utils import get_dtype_size
 
-from vllm_toptheta.kernels.layout import PageLayout, group_size_of
+from vllm_toptheta.kernels.layout import MAX_BLOCK_SIZE, PageLayout, group_size_of
 
 _USUAL_BLOCK_SIZE = 128
 """What vLLM takes on a CPU unless told otherwise."""
+
+
+def kernel_block_size(block_size: int) -> int:
+    """Tokens of the blocks that the CPU kernels see: vLLM's own, or a part of one, where it
+    enlarges them to the size of a Mamba state.
+
+    Raises:
+        ValueError: the block has no such part.
+    """
+    if block_size <= MAX_BLOCK_SIZE:
+        return block_size
+    parts = [size for size in range(32, MAX_BLOCK_SIZE + 1, 32) if block_size % size == 0]
+    if parts:
+        return max(parts, key=lambda size: (group_size_of(size), size))
+    raise ValueError(
+        f"toptheta: blocks of {block_size} tokens cannot be cut into parts of 32 to "
+        f"{MAX_BLOCK_SIZE}; pass --block-size {_USUAL_BLOCK_SIZE}"
+    )
 
 
 def enlarge_page(spec: Any) -> Any:
@@ -36,7 +54,7 @@ def enlarge_page(spec: Any) -> Any:
         )
     # vLLM asks for the bytes of a token before it knows the block size.
     block_size = _USUAL_BLOCK_SIZE if spec.block_size == 1 else spec.block_size
-    layout = PageLayout(block_size, spec.head_size)
+    layout = PageLayout(kernel_block_size(block_size), spec.head_size)
     return replace(spec, state_content_bytes=layout.content_elements * get_dtype_size(spec.dtype))
 
 

@@ -71,9 +71,63 @@ def _moves_blocks(config: Any) -> bool:
     return transfer is not None and transfer.is_kv_transfer_instance
 
 
+def _attention_is(*kinds: str) -> Callable[[Any], bool]:
+    return lambda config: config.model_config.attn_type in kinds
+
+
+def _head_size_on_cpu(config: Any) -> bool:
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    head_size = config.model_config.get_head_size()
+    return current_platform.is_cpu() and not CPUAttentionBackend.supports_head_size(head_size)
+
+
+_ANOTHER_BACKEND = "Serve this model with another --attention-backend"
 _OPTIONS_OF_A_DRAFT = "its layers would run with the served model's options and weights"
 
 _REFUSALS = (
+    _Refusal(
+        lambda config: config.model_config.use_mla,
+        "multi-head latent attention (MLA)",
+        "its cache has latent vectors in place of K and V",
+        _ANOTHER_BACKEND,
+    ),
+    _Refusal(
+        lambda config: config.model_config.uses_alibi,
+        "ALiBi",
+        "the kernels know scores without a position bias only",
+        _ANOTHER_BACKEND,
+    ),
+    _Refusal(
+        _head_size_on_cpu,
+        "this head size on a CPU",
+        "vLLM's CPU_ATTN, whose cache it shares, has no such heads",
+        _ANOTHER_BACKEND,
+    ),
+    _Refusal(
+        lambda config: current_platform.is_cpu() and config.cache_config.cache_dtype[:3] == "fp8",
+        "an fp8 KV cache on a CPU",
+        "the kernels read bf16, fp16 and fp32",
+        "Drop --kv-cache-dtype",
+    ),
+    _Refusal(
+        _attention_is("encoder_only", "encoder_decoder"),
+        "encoders",
+        "only causal self-attention of a decoder is pruned",
+        _ANOTHER_BACKEND,
+    ),
+    _Refusal(
+        lambda config: config.model_config.is_mm_prefix_lm,
+        "images that attend to themselves",
+        "only causal attention is pruned",
+        "Pass --language-model-only to serve text alone",
+    ),
+    _Refusal(
+        _attention_is("attention_free"),
+        "models without attention",
+        "there is nothing to prune",
+        "Drop --attention-backend",
+    ),
     _Refusal(
         _drafts_always_as_target,
         "this kind of draft model",
@@ -90,7 +144,7 @@ _REFUSALS = (
         lambda config: config.model_config.attention_chunk_size is not None,
         "chunked local attention",
         "the kernels know whole rows and sliding windows only",
-        "Serve this model with another --attention-backend",
+        _ANOTHER_BACKEND,
     ),
     _Refusal(
         lambda config: config.cache_config.kv_sharing_fast_prefill,

@@ -148,9 +148,14 @@ def calibrate(
     Raises:
         ValueError: the model cannot be calibrated, or the text is too short.
     """
-    identity = ModelIdentity.from_config(model.config, name)
+    identity = ModelIdentity.from_config(model.config, name, max_len=options.length)
     if "chunked_attention" in str(identity.fields.get("layer_types", "")):
         raise ValueError(f"{name}: layers with chunked attention are not supported")
+    if not identity.uniform:
+        raise ValueError(
+            f"{name}: layers differ in kv heads, and a table has as many for all; serve the model "
+            "without one"
+        )
     statistics = AttentionStatistics.empty(
         identity.num_layers, identity.num_heads, identity.num_kv_heads, options.length
     )
