@@ -96,16 +96,7 @@ def test_both_formats_of_a_mistral_have_one_table(tmp_path: Path) -> None:
     assert params.differences(hf) == ""
 
 
-def _served() -> list[Any]:
-    large_blocks = pytest.mark.xfail(
-        strict=True,
-        reason="TopThetaCPUBackend does not ask vLLM for the parts of `kernel_block_size` yet",
-    )
-    marks = {"qwen3-next": large_blocks, "qwen3.5": large_blocks}
-    return [pytest.param(name, marks=marks.get(name, ())) for name in SERVED]
-
-
-@pytest.mark.parametrize("name", _served())
+@pytest.mark.parametrize("name", SERVED)
 def test_a_family_is_pruned_and_off_is_stock(results: dict[str, Any], name: str) -> None:
     family = SERVED[name]
     if name not in results:

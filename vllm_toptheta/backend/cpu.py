@@ -31,8 +31,8 @@ from vllm_toptheta.backend.heads import publish_heads
 from vllm_toptheta.backend.plan import Plan
 from vllm_toptheta.backend.prompts import PromptRows, dense_prompts, plan_prompts
 from vllm_toptheta.backend.registration import NAME
-from vllm_toptheta.backend.sidecar import check_page, enlarge_page
-from vllm_toptheta.kernels.layout import Packing, PageLayout
+from vllm_toptheta.backend.sidecar import check_page, enlarge_page, kernel_block_size
+from vllm_toptheta.kernels.layout import MAX_BLOCK_SIZE, Packing, PageLayout
 from vllm_toptheta.kernels.ops import (
     Target,
     available_target,
@@ -63,6 +63,12 @@ class TopThetaCPUBackend(CPUAttentionBackend):
     @staticmethod
     def get_builder_cls() -> type["TopThetaCPUMetadataBuilder"]:
         return TopThetaCPUMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
+        if kv_cache_spec is None or kv_cache_spec.block_size <= MAX_BLOCK_SIZE:
+            return CPUAttentionBackend.get_supported_kernel_block_sizes(kv_cache_spec)
+        return [kernel_block_size(kv_cache_spec.block_size)]
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
