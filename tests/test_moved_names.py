@@ -1,7 +1,9 @@
 """A vLLM that is not the tested one: every name of it that is wrapped or read is changed, one at a
 time. Serving then goes on without telemetry, with an error in the log, or the start refuses."""
 
+import asyncio
 import inspect
+import json
 import logging
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -570,3 +572,41 @@ def test_a_name_that_is_missed_at_the_start_is_one_clear_refusal(
     make(SimpleNamespace(backend=None))
     with pytest.raises(RuntimeError, match="hf_text_config.*another --attention-backend"):
         make(SimpleNamespace(backend=registry.AttentionBackendEnum["TOPTHETA"]))
+
+
+def test_moved_authentication_of_vllm_lets_nobody_in_and_serves_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import vllm.entrypoints.serve.middleware.authenticate as module
+
+    from vllm_toptheta.serving.middleware import TopThetaMiddleware
+
+    monkeypatch.delattr(module, "AuthenticationMiddleware")
+    nothing: Any = None
+    config = TopThetaConfig(telemetry=False)
+    args = Namespace(api_key=["secret"])
+    served = Served("m", config, POLICY, nothing, None, None, args)
+    monkeypatch.setattr(served_module, "_served", {"x": served})
+
+    async def inner(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 200})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    async def ask(key: str) -> int:
+        sent: list[Any] = []
+
+        async def receive() -> Any:
+            body = json.dumps({"vllm_xargs": {"toptheta_k": 1}}).encode()
+            return {"type": "http.request", "body": body}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        headers = [(b"authorization", f"Bearer {key}".encode())]
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers}
+        await TopThetaMiddleware(inner)(scope, receive, send)
+        return int(sent[0]["status"])
+
+    assert asyncio.run(ask("secret")) == 400
+    assert asyncio.run(ask("wrong")) == 200, "left to vLLM, which knows the keys"
