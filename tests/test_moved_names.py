@@ -431,6 +431,22 @@ def test_options_that_nobody_would_check_refuse_the_start(input_class: type) -> 
         install_module._install_on_input_processor()
 
 
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [
+        ("vllm.sampling_params.SamplingParams", "extra_args"),
+        ("vllm.v1.engine.EngineCoreRequest", "cache_salt"),
+    ],
+)
+def test_fields_that_carry_options_refuse_the_start_where_they_moved(
+    input_class: type, path: str, field: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = SimpleNamespace(__struct_fields__=("other",))
+    monkeypatch.setattr(path, moved)
+    with pytest.raises(RuntimeError, match=field):
+        install_module._install_on_input_processor()
+
+
 @pytest.fixture
 def as_new(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A name that is not registered yet; what registering wraps is put back."""

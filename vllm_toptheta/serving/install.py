@@ -62,24 +62,33 @@ def install(engine_args: Any, vllm_config: Any, plan: Any) -> None:
     _install_on_input_processor()
     if plan.config.telemetry:
         install_on_output_processor()
-    if args is not None and MIDDLEWARE not in (present := list(getattr(args, "middleware", ()))):
+    if args is not None and MIDDLEWARE not in (
+        present := list(getattr(args, "middleware", None) or ())
+    ):
         # The first one is the innermost: the operator's own see a request before it does.
         args.middleware = [MIDDLEWARE, *present]
 
 
 def _install_on_input_processor() -> None:
     from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.input_processor import InputProcessor
 
     if is_wrapped(InputProcessor):
         return
     original = InputProcessor.process_inputs
     given = Argument(original, "params")
-    if not given.found:
-        raise RuntimeError(
-            "toptheta: vLLM moved InputProcessor.process_inputs(params); options of requests would "
-            "be ignored. Install a tested vLLM or a newer vllm-toptheta"
-        )
+    for name, there in (
+        ("InputProcessor.process_inputs(params)", given.found),
+        ("SamplingParams.extra_args", "extra_args" in SamplingParams.__struct_fields__),
+        ("EngineCoreRequest.cache_salt", "cache_salt" in EngineCoreRequest.__struct_fields__),
+    ):
+        if not there:
+            raise RuntimeError(
+                f"toptheta: vLLM moved {name}; options of requests would be ignored, or their KV "
+                "shared with others. Install a tested vLLM or a newer vllm-toptheta"
+            )
 
     @functools.wraps(original)
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
