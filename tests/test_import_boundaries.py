@@ -60,7 +60,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "request_options": ({"pydantic"}, set()),
     "telemetry": (set(), {"telemetry", "request_options"}),
-    "telemetry.carrier": ({"torch", "vllm"}, {"telemetry"}),
+    "telemetry.carrier": ({"torch", "vllm"}, {"telemetry", "request_options"}),
     "telemetry.delivery": ({"vllm"}, {"telemetry", "request_options"}),
     "telemetry.prometheus": ({"prometheus_client"}, {"telemetry"}),
     "telemetry.ledger": ({"numpy"}, {"telemetry"}),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from threshold_fixtures import make_identity
 
-from vllm_toptheta.request_options import RequestOptions
+from vllm_toptheta.request_options import RequestOptions, RequestPolicy, Target, Targets
 from vllm_toptheta.threshold_store import ThresholdStore
 
 ROOT = Path(__file__).parent.parent
@@ -131,18 +131,30 @@ def test_hostile_options_are_refused_at_once_and_in_few_words(xargs: dict[str, A
     assert len(str(caught.value)) < 1000
 
 
+POLICY = RequestPolicy(Targets(Target(0.001), None), {"min_prob": (1e-6, 0.1)}, allow_off=True)
+
+
+@pytest.mark.parametrize("length", [100, 10_000_000])
+def test_a_name_of_any_length_is_refused_at_once(length: int) -> None:
+    started = time.process_time()
+    with pytest.raises(ValueError, match="unknown option"):
+        RequestOptions.parse({"toptheta_" + "k" * length: 1})
+    assert time.process_time() - started < 0.5
+
+
 def test_brackets_a_hundred_thousand_deep_are_left_to_vllm() -> None:
     pytest.importorskip("vllm", reason="needs an installed vLLM")
-    from vllm_toptheta.serving.middleware import _problem
+    from vllm_toptheta.serving.endpoints import problem_of
 
-    assert _problem(b'{"toptheta_k": ' + b"[" * 100_000) is None
+    body = b'{"toptheta_k": ' + b"[" * 100_000
+    assert problem_of("/v1/completions", body, POLICY) is None
 
 
 def test_options_outside_of_their_place_are_told_in_few_words() -> None:
     pytest.importorskip("vllm", reason="needs an installed vLLM")
-    from vllm_toptheta.serving.middleware import _problem
+    from vllm_toptheta.serving.endpoints import problem_of
 
     fields = ", ".join(f'"toptheta_{"z" * 50}{i}": 1' for i in range(10_000))
-    problem = _problem(b"{" + fields.encode() + b"}")
+    problem = problem_of("/v1/completions", b"{" + fields.encode() + b"}", POLICY)
     assert problem is not None
     assert len(problem) < 400

@@ -2,12 +2,14 @@
 to type next.
 """
 
+import logging
 import os
 from pathlib import Path
 
 import pytest
 from threshold_fixtures import FakeConfig, make_identity, make_table
 
+from vllm_toptheta import doctor
 from vllm_toptheta.model_identity import ModelIdentity
 from vllm_toptheta.threshold_store import ThresholdStore, folder_name
 from vllm_toptheta.thresholds import ThresholdTable
@@ -66,6 +68,73 @@ def test_broken_file_of_another_model_does_not_stop_auto(store: ThresholdStore) 
     (store.user_dir / "broken").mkdir()
     (store.user_dir / "broken" / "x.safetensors").write_bytes(b"x")
     assert store.find("auto", make_identity()).path.stem == "good"
+
+
+def make_bad(kind: str, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "dangling link":
+        path.symlink_to(path.with_suffix(".gone"))
+    elif kind == "link to itself":
+        path.symlink_to(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "unreadable":
+        make_table().save(path)
+        path.chmod(0)
+    elif kind == "empty":
+        path.touch()
+    else:
+        make_table().save(path)
+        path.write_bytes(path.read_bytes()[:-4] + b"\x00\x00\xc0\x7f")  # the last float becomes NaN
+
+
+BAD = ["dangling link", "link to itself", "folder", "pipe", "unreadable", "empty", "nan"]
+
+
+@pytest.mark.parametrize("folder", ["org--model", "another--one"])
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_file_is_named_and_skipped(
+    store: ThresholdStore,
+    kind: str,
+    folder: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    good = store.path_for(make_identity(), "good")
+    make_table().save(good)
+    os.utime(good, (1, 1))
+    bad = store.user_dir / folder / "bad.safetensors"
+    make_bad(kind, bad)
+    if kind == "unreadable" and os.access(bad, os.R_OK):
+        pytest.skip("root may read everything")
+    found = store.find("auto", make_identity())
+    assert found.path == good
+    tables, problems = store.check()
+    assert tables == [good]
+    assert [str(bad) in problem for problem in problems] == [True]
+    if kind not in ("dangling link", "link to itself"):  # without a date they come last
+        assert str(bad) in caplog.text
+    good.unlink()
+    with pytest.raises(FileNotFoundError) as caught:
+        store.find("auto", make_identity())
+    assert str(bad) in str(caught.value)
+
+
+def test_the_doctor_names_bad_files_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOPTHETA_HOME", str(tmp_path))
+    bad = tmp_path / "thresholds" / "org--model" / "bad.safetensors"
+    make_bad("pipe", bad)
+    finding = doctor.check_tables()
+    assert finding.status == "warn"
+    assert str(bad) in finding.text
+    assert f"{len(SHIPPED)} threshold tables" in finding.text
+    bad.unlink()
+    assert doctor.check_tables().status == "ok"
 
 
 def test_explicit_path(store: ThresholdStore, tmp_path: Path) -> None:

@@ -111,10 +111,16 @@ def check_threads() -> Finding:
 
 
 def check_tables() -> Finding:
-    """There are threshold tables."""
+    """There are threshold tables, and nothing else where they lie."""
     from vllm_toptheta.threshold_store import ThresholdStore
 
-    tables = ThresholdStore().tables()
+    tables, problems = ThresholdStore().check()
+    if problems:
+        return Finding(
+            "warn",
+            f"{len(tables)} threshold tables; repair or delete the files that are none: "
+            + "; ".join(problems),
+        )
     if not tables:
         return Finding(
             "warn",

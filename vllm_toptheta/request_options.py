@@ -20,6 +20,7 @@ NUMBERS = ("min_prob", "min_mass", "k")
 
 _SALT_PREFIX = "toptheta:"
 _MAX_SHOWN = 3
+_MAX_GUESSED = 60
 _SHOWN = reprlib.Repr()
 _SHOWN.maxstring = _SHOWN.maxother = 60
 
@@ -268,7 +269,8 @@ def _names() -> list[str]:
 
 
 def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name, _names(), n=1)
+    # Its time grows with the length, and no misspelling is several times as long as the names.
+    near = difflib.get_close_matches(name, _names(), n=1) if len(name) <= _MAX_GUESSED else []
     return f"unknown option {_SHOWN.repr(name)}" + (f" (did you mean {near[0]!r}?)" if near else "")
 
 

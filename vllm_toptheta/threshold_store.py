@@ -2,7 +2,9 @@
 belongs to it out.
 """
 
+import logging
 import os
+import stat
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -10,6 +12,8 @@ from typing import NamedTuple
 
 from vllm_toptheta.model_identity import ModelIdentity
 from vllm_toptheta.thresholds import TableMetadata, ThresholdTable, read_metadata
+
+logger = logging.getLogger("vllm.toptheta")
 
 
 class FoundTable(NamedTuple):
@@ -50,7 +54,7 @@ class ThresholdStore:
         return self.user_dir / folder_name(identity.name) / f"{stem}.safetensors"
 
     def find(self, spec: str, identity: ModelIdentity) -> FoundTable:
-        """Find the table for a model.
+        """Find the table for a model. Files that cannot be read as one are logged and skipped.
 
         Args:
             spec: "auto" (any table whose identity matches: the user's newest first, then shipped),
@@ -71,15 +75,16 @@ class ThresholdStore:
         near: FoundTable | None = None
         for path in self._candidates(None if spec == "auto" else folder_name(spec)):
             try:
-                metadata = read_metadata(path)
-            except ValueError as error:
+                metadata = _metadata_of(path)
+                fits = metadata.identity.fits(identity)
+                if fits and metadata.identity.matches(identity):
+                    return _found(ThresholdTable.load(path), path, identity)
+                if fits and spec != "auto" and near is None:
+                    near = _found(ThresholdTable.load(path), path, identity)
+            except Exception as error:  # a file may hold anything, and others are good
                 rejected.append(str(error))
+                logger.warning("toptheta skips a file that is not a table it can use: %s", error)
                 continue
-            fits = metadata.identity.fits(identity)
-            if fits and metadata.identity.matches(identity):
-                return _found(ThresholdTable.load(path), path, identity)
-            if fits and spec != "auto" and near is None:
-                near = _found(ThresholdTable.load(path), path, identity)
             rejected.append(f"{path}: for another model, {_model_of(metadata)}")
             if fits or spec != "auto":
                 rejected[-1] += f" ({metadata.identity.differences(identity)})"
@@ -97,18 +102,28 @@ class ThresholdStore:
             raise ValueError(message)
         raise FileNotFoundError(message)
 
-    def tables(self) -> list[Path]:
-        """All files of the store, the user's first."""
-        return list(self._candidates(None))
+    def check(self) -> tuple[list[Path], list[str]]:
+        """Read every file of the store, the user's first.
+
+        Returns:
+            The tables, and what is wrong with each of the other files.
+        """
+        tables, problems = [], []
+        for path in self._candidates(None):
+            try:
+                _metadata_of(path)
+                ThresholdTable.load(path)
+                tables.append(path)
+            except Exception as error:  # a file may hold anything, and others are good
+                problems.append(str(error))
+        return tables, problems
 
     def _candidates(self, folder: str | None) -> Iterator[Path]:
         """Files of all models or of one folder: the user's, newest first, then the shipped ones by
         name.
         """
         pattern = f"{folder or '*'}/*.safetensors"
-        yield from sorted(
-            self.user_dir.glob(pattern), key=lambda path: path.stat().st_mtime, reverse=True
-        )
+        yield from sorted(self.user_dir.glob(pattern), key=_modified, reverse=True)
         if self.shipped_dir is not None:
             yield from sorted(self.shipped_dir.glob(pattern))
 
@@ -125,6 +140,28 @@ def _found(table: ThresholdTable, path: Path, identity: ModelIdentity) -> FoundT
     of_table = table.metadata.identity
     differs = of_table.differences(identity, decisive=False)
     return FoundTable(table, path, differs, not of_table.matches(identity))
+
+
+def _metadata_of(path: Path) -> TableMetadata:
+    """Read a file's provenance.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not a table.
+    """
+    # A pipe would be waited for, and what safetensors says of a folder names no path.
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError(f"threshold table {path}: not a file")
+    with path.open("rb"):  # the error names the path, as that of safetensors does not
+        return read_metadata(path)
+
+
+def _modified(path: Path) -> float:
+    """When a file was written; long ago where nobody can tell, as of a dangling link."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _model_of(metadata: TableMetadata) -> str:

@@ -71,7 +71,9 @@ def start(model: Path, folder: Path, *args: str, env: dict[str, str] | None = No
     options = {"thresholds": str(table), "min_prob": 0.02, "min_kv_len": 32, "max_k": 128}
     plug_ins = {
         **ENV,
-        "PYTHONPATH": str(Path(__file__).parent / "recount"),
+        "PYTHONPATH": os.pathsep.join(
+            [str(Path(__file__).parent / "recount"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ),
         "TOPTHETA_RECOUNT": str(folder / "recount.jsonl"),
         "TOPTHETA_BREAK": str(folder / "broken"),
         **(env or {}),
@@ -86,7 +88,7 @@ def start(model: Path, folder: Path, *args: str, env: dict[str, str] | None = No
 def running(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("telemetry")
     plug_ins = {"VLLM_PLUGINS": "toptheta,toptheta_recount"}
-    with start(smollm2, folder, env=plug_ins) as server:
+    with start(smollm2, folder, "--enable-scale-out", env=plug_ins) as server:
         client = OpenAI(base_url=server.url, api_key=KEY, timeout=600, max_retries=0)
         yield Running(
             base=server.url.removesuffix("/v1"),
@@ -358,6 +360,63 @@ def test_wrong_options_are_an_http_error_before_any_token(
             way()
         for word in ["toptheta", *words]:
             assert word in str(caught.value)
+
+
+def post(running: Running, path: str, **fields: Any) -> bytes:
+    """The answer to a JSON body; urllib's error where it is one."""
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    body = json.dumps({"model": running.model, **fields}).encode()
+    with urllib.request.urlopen(
+        urllib.request.Request(running.base + path, body, headers)
+    ) as answer:
+        return bytes(answer.read())
+
+
+ASKED: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "One two"}]},
+    "/v1/chat/completions/batch": {"messages": [[{"role": "user", "content": "One two"}]] * 2},
+    "/v1/completions": {"prompt": "One two"},
+    "/v1/responses": {"input": "One two", "max_output_tokens": 8},
+    "/v1/messages": {"messages": [{"role": "user", "content": "One two"}]},
+    "/invocations": {"prompt": "One two"},
+    "/inference/v1/generate": {"token_ids": [5, 6, 7]},
+}
+STREAMED = [path for path in ASKED if path not in ("/v1/chat/completions/batch",)]
+
+
+def asked(path: str, **options: Any) -> dict[str, Any]:
+    fields = dict(ASKED[path])
+    if path == "/inference/v1/generate":
+        params = {"max_tokens": 8, "ignore_eos": True, "extra_args": options}
+        return fields | {"sampling_params": params}
+    return fields | {"max_tokens": 8, "vllm_xargs": options}
+
+
+@pytest.mark.parametrize("path", ASKED)
+def test_every_endpoint_honours_the_dial(running: Running, path: str) -> None:
+    answer = json.loads(post(running, path, **asked(path, toptheta="off")))
+    shown = answer.get("toptheta") or answer["kv_transfer_params"]["toptheta"]
+    assert shown["rows"] == shown["dense_rows"]["off"] > 0
+    assert len(shown.get("choices", [])) == (2 if path.endswith("batch") else 0)
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        post(running, path, **asked(path, toptheta_k=600))
+
+
+@pytest.mark.parametrize("path", STREAMED)
+def test_every_stream_honours_the_dial(running: Running, path: str) -> None:
+    text = post(running, path, stream=True, **asked(path, toptheta="off"))
+    if path != "/inference/v1/generate":
+        assert text.count(b'"off":') == 1
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        post(running, path, stream=True, **asked(path, toptheta_k=600))
+
+
+def test_beam_search_runs_as_the_server_does(running: Running) -> None:
+    fields = {"prompt": "One two", "max_tokens": 8, "n": 2, "use_beam_search": True}
+    shown = json.loads(post(running, "/v1/completions", **fields))["toptheta"]
+    assert "choices" not in shown
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        post(running, "/v1/completions", vllm_xargs={"toptheta": "off"}, **fields)
 
 
 def test_without_the_key_nothing_is_told_about_options(running: Running) -> None:

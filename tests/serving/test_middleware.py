@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import time
 from argparse import Namespace
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +14,10 @@ pytest.importorskip("vllm", reason="needs an installed vLLM")
 
 from vllm_toptheta.config import TopThetaConfig  # noqa: E402
 from vllm_toptheta.request_options import RequestPolicy, Target, Targets  # noqa: E402
+from vllm_toptheta.serving import endpoints  # noqa: E402
 from vllm_toptheta.serving import served as served_module  # noqa: E402
-from vllm_toptheta.serving.middleware import TopThetaMiddleware  # noqa: E402
-from vllm_toptheta.serving.served import Served  # noqa: E402
+from vllm_toptheta.serving.middleware import _INCLUDE_USAGE, TopThetaMiddleware  # noqa: E402
+from vllm_toptheta.serving.served import Served, is_authorised  # noqa: E402
 from vllm_toptheta.telemetry.delivery import CURRENT  # noqa: E402
 
 
@@ -23,15 +26,18 @@ class App:
 
     def __init__(self) -> None:
         self.bodies: list[bytes] = []
+        self.messages: list[Any] = []
         self.collectors: list[Any] = []
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        body = b""
+        parts: list[bytes] = []
         while True:
             message = await receive()
-            body += message.get("body", b"")
+            self.messages.append(message)
+            parts.append(message.get("body", b""))
             if not message.get("more_body"):
                 break
+        body = b"".join(parts)
         self.bodies.append(body)
         self.collectors.append(CURRENT.get())
         headers = [(b"content-type", b"text/plain")]
@@ -51,7 +57,7 @@ def serve(monkeypatch: pytest.MonkeyPatch, **args: Any) -> None:
     ranges = {"min_prob": (1e-6, 0.1), "min_mass": (0.0, 0.95), "k": (16.0, 512.0)}
     policy = RequestPolicy(Targets(Target(0.001), None), ranges, allow_off=True)
     model: Any = None
-    served = Served("m", config, policy, model, None, None, Namespace(**args))
+    served = Served("m", config, policy, model, None, None, Namespace(**{"api_key": None, **args}))
     monkeypatch.setattr(served_module, "_served", {"x": served})
 
 
@@ -89,7 +95,47 @@ def test_good_requests_arrive_unchanged_however_they_are_cut(app: App) -> None:
     assert len(app.bodies) == 3
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses"])
+def test_a_large_body_is_read_in_linear_time_and_held_once(app: App) -> None:
+    part = b" " * (32 << 10)
+    parts = [body(prompt="a"), *[part] * 1024]
+    start = time.process_time()
+    status, _ = call(app, "/v1/completions", *parts)
+    assert time.process_time() - start < 0.5, "adding up the parts one by one takes seconds"
+    assert status == 200
+    assert [message["body"] for message in app.messages] == parts, "handed on, not put together"
+
+
+@pytest.mark.parametrize("cut", range(1, 80, 3))
+def test_options_are_found_wherever_parts_are_cut(app: App, cut: int) -> None:
+    sent = body(vllm_xargs={"toptheta_min_prob": 0.5}).replace(b"toptheta", b"t\\u006fptheta")
+    parts = [sent[i : i + cut] for i in range(0, len(sent), cut)]
+    assert call(app, "/v1/completions", *parts)[0] == 400
+
+
+def test_a_client_that_leaves_in_the_middle_is_gone_for_the_server_too(app: App) -> None:
+    incoming = [
+        {"type": "http.request", "body": b'{"model"', "more_body": True},
+        {"type": "http.disconnect"},
+    ]
+
+    async def go() -> None:
+        async def receive() -> Any:
+            return incoming.pop(0)
+
+        async def send(message: Any) -> None:
+            pass
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+        await TopThetaMiddleware(app)(scope, receive, send)
+
+    asyncio.run(go())
+    assert [message["type"] for message in app.messages] == ["http.request", "http.disconnect"]
+
+
+XARGS = [path for path, place in endpoints.PLACES.items() if place == ("vllm_xargs",)]
+
+
+@pytest.mark.parametrize("path", XARGS)
 @pytest.mark.parametrize(
     ("fields", "word"),
     [
@@ -150,3 +196,110 @@ def test_websockets_and_startup_pass() -> None:
     for kind in ("lifespan", "websocket"):
         asyncio.run(middleware({"type": kind}, None, None))  # type: ignore[arg-type]
     assert seen == ["lifespan", "websocket"]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "word"),
+    [
+        (
+            "/inference/v1/generate",
+            {"sampling_params": {"extra_args": {"toptheta_k": 1}}},
+            "between 16 and 512",
+        ),
+        (
+            "/inference/v1/generate",
+            {"vllm_xargs": {"toptheta_k": 64}},
+            "sampling_params.extra_args",
+        ),
+        ("/inference/v1/generate", {"sampling_params": {"toptheta_k": 64}}, "extra_args"),
+        ("/v1/completions", {"sampling_params": {"extra_args": {"toptheta": 0}}}, "of vllm_xargs"),
+        ("/cohere/v2/chat", {"vllm_xargs": {"toptheta_k": 64}}, "takes no options"),
+        ("/generative_scoring", {"toptheta": "off"}, "takes no options"),
+        ("/v1/systemone", {"vllm_xargs": {"toptheta": "off"}}, "takes no options"),
+        (
+            "/v1/completions",
+            {"use_beam_search": True, "vllm_xargs": {"toptheta": "off"}},
+            "beam search takes no options",
+        ),
+    ],
+)
+def test_options_that_nobody_would_read_are_refused(
+    app: App, path: str, fields: dict[str, Any], word: str
+) -> None:
+    status, answer = call(app, path, body(**fields))
+    assert (status, app.bodies) == (400, [])
+    assert word in json.loads(answer)["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/inference/v1/generate", {"sampling_params": {"extra_args": {"toptheta_k": 64}}}),
+        ("/inference/v1/generate", {"sampling_params": None, "prompt": "toptheta"}),
+        ("/cohere/v2/chat", {"message": "What is toptheta?"}),
+        ("/v1/completions", {"use_beam_search": True, "prompt": "toptheta"}),
+        ("/v1/completions", {"vllm_xargs": ["toptheta"]}),
+    ],
+)
+def test_other_bodies_pass(app: App, path: str, fields: dict[str, Any]) -> None:
+    assert call(app, path, body(**fields))[0] == 200
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-le", "utf-32"])
+@pytest.mark.parametrize("name", ["toptheta_k", "t\\u006fptheta_k", "\\u0074optheta\\u005Fk"])
+def test_names_are_understood_however_json_spells_them(app: App, name: str, encoding: str) -> None:
+    text = f'{{"vllm_xargs": {{"{name}": 1}}}}'
+    assert call(app, "/v1/completions", text.encode(encoding))[0] == 400
+
+
+def test_an_endpoint_without_keys_is_checked_without_one(
+    app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve(monkeypatch, api_key=["secret"])
+    sent = body(vllm_xargs={"toptheta_min_prob": 0.5})
+    assert call(app, "/invocations", sent)[0] == 400
+
+
+def test_a_key_is_told_as_vllm_tells_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from starlette.datastructures import Headers
+    from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+
+    keys = ["secret", "ä key"]
+    serve(monkeypatch, api_key=keys)
+    vllm = AuthenticationMiddleware(app=None, tokens=keys)
+    for shown in ("Bearer secret", "bearer secret", "Bearer  secret", "Basic secret", "secret", ""):
+        scope = {"headers": [(b"authorization", shown.encode())]}
+        assert is_authorised(scope) == vllm.verify_token(Headers(scope=scope)), shown
+    assert not is_authorised({"headers": []})
+    assert is_authorised({"headers": [(b"authorization", b"Bearer secret")]})
+
+
+@pytest.mark.parametrize("args", [None, Namespace()])
+def test_without_a_known_key_nobody_is_let_in(
+    app: App, monkeypatch: pytest.MonkeyPatch, args: Namespace | None
+) -> None:
+    served = replace(served_module.get_served(), args=args)
+    monkeypatch.setattr(served_module, "_served", {"x": served})
+    assert not is_authorised({"headers": []})
+    assert not is_authorised({"headers": [(b"authorization", b"Bearer secret")]})
+    monkeypatch.setattr(served_module, "_server_args", [])
+    served_module.set_server_args(Namespace(api_key=["secret"]))
+    assert not is_authorised({"headers": []})
+    assert is_authorised({"headers": [(b"authorization", b"Bearer secret")]})
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"stream_options": {"include_usage": True}}, True),
+        ({"stream_options": {"continuous_usage_stats": True, "include_usage": True}}, True),
+        ({"include_usage": True}, False),
+        ({"stream_options": {"include_usage": False}, "include_usage": True}, False),
+        ({"metadata": {"include_usage": True}, "stream_options": {}}, False),
+        ({"prompt": '"stream_options": {"include_usage": true}'}, False),
+    ],
+)
+def test_the_usage_chunk_is_awaited_where_vllm_sends_one(
+    fields: dict[str, Any], expected: bool
+) -> None:
+    assert bool(_INCLUDE_USAGE.search(body(**fields))) is expected

@@ -154,3 +154,44 @@ def test_a_failure_leaves_the_response_as_it_was(monkeypatch: pytest.MonkeyPatch
     body = b'{"id": "x"}'
     bodies, _ = send(CHAT, choices(("x", 0, 7)), body, content_type=b"application/json")
     assert bodies == [body]
+
+
+def test_the_last_delta_of_a_message_carries_it() -> None:
+    start = b'event: message_start\ndata: {"type":"message_start","message":{"usage":{}}}\n\n'
+    delta = b'event: message_delta\ndata: {"type":"message_delta","usage":{"output_tokens":3}}\n\n'
+    stop = b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
+    bodies, _ = send("/v1/messages", choices(("x", 0, 7)), start, delta + stop)
+    assert bodies[0] == start
+    edited, rest = bodies[1].split(b"\n\n", 1)
+    assert rest == stop
+    head, data = edited.split(b"data: ")
+    assert head == b"event: message_delta\n"
+    assert json.loads(data)["toptheta"]["rows"] == 7
+
+
+@pytest.mark.parametrize(
+    ("path", "ids"),
+    [
+        ("/v1/chat/completions/batch", ("chatcmpl-x_10", "chatcmpl-x_2")),
+        ("/invocations", ("cmpl-x-10", "cmpl-x-2")),
+    ],
+)
+def test_prompts_of_one_request_stand_in_their_order(path: str, ids: tuple[str, str]) -> None:
+    arrived = choices((ids[0], 0, 10), (ids[1], 0, 2))
+    (text,), _ = send(path, arrived, b'{"id": "x"}', content_type=b"application/json")
+    assert [choice["rows"] for choice in json.loads(text)["toptheta"]["choices"]] == [2, 10]
+
+
+def test_a_response_without_headers_passes() -> None:
+    sent: list[Any] = []
+
+    async def go() -> None:
+        async def take(message: Any) -> None:
+            sent.append(message)
+
+        writer = ResponseWriter(take, CHAT, choices(("x", 0, 7)), usage_chunk=False)
+        await writer({"type": "http.response.start", "status": 200})
+        await writer({"type": "http.response.body", "body": b"{}"})
+
+    asyncio.run(go())
+    assert sent[1]["body"] == b"{}"

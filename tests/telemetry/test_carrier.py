@@ -132,7 +132,7 @@ def test_a_late_output_does_not_hold_the_tensors_of_its_step() -> None:
     alive = weakref.ref(step)
     STEP_LOG.append(step)
     del step
-    counts = carrier._begin(["a", "b"], {})
+    counts = carrier._begin(Runner(), {})
     assert counts is not None
     assert alive() is None
     assert rows(counts.record()) == {"a": 3, "b": 5}
@@ -255,6 +255,20 @@ def test_a_failing_step_is_an_output_without_counts(
     runner.input_batch.req_ids = ["a", "b"]
     runner.execute_model(scheduled())
     assert rows(runner.sample_tokens(None).toptheta) == {"a": 3, "b": 5}
+
+
+def test_a_rank_that_knows_no_requests_adds_up_with_the_others() -> None:
+    added = []
+
+    def totals() -> torch.Tensor:
+        added.append("all ranks")
+        return torch.zeros(WIDTH)
+
+    STEP_LOG.begin(SimpleNamespace(), [], [])
+    STEP_LOG.append(SimpleNamespace(totals=totals, num_reqs=1, num_layers=0, detail=[]))
+    with pytest.raises(AttributeError):
+        carrier._begin(SimpleNamespace(), {})
+    assert added == ["all ranks"], "or they would wait for it"
 
 
 def test_without_counting_only_options_are_noted() -> None:

@@ -178,3 +178,38 @@ def test_engines_of_one_process_keep_apart(recorder: Recorder) -> None:
     assert (first_shown["min_prob"], first_shown["prefill"]["min_prob"]) == (0.001, 0.001)
     assert (second_shown["min_prob"], second_shown["prefill"]["min_prob"]) == (None, 0.02)
     assert shown[other].kv_transfer_params == {"remote": 1}, "another backend's"
+
+
+def test_a_collector_that_outlives_its_request_holds_nothing(recorder: Recorder) -> None:
+    """vLLM's loop over outputs, and responses in the background, keep the context of a request."""
+    processor = recorder.processor
+    token = CURRENT.set(collector := Collector())
+    processor.add_request(request("a"))
+    collector.close()
+    processor.add_request(request("b"))
+    CURRENT.reset(token)
+    assert collector.choices == []
+    sent = output("b", 3, 3)
+    processor.process_outputs([sent])
+    assert sent.kv_transfer_params["toptheta"]["rows"] == 3, "shown where nobody collects"
+
+
+def test_beams_are_added_up_and_not_listed() -> None:
+    beams = [
+        Choice(f"chatcmpl-x-{step}-beam-{beam}", 0, "default", SERVER, counts=row(1))
+        for step in range(9)
+        for beam in range(4)
+    ]
+    shown = delivery.show_all(beams)
+    assert shown is not None
+    assert shown["rows"] == 36
+    assert "choices" not in shown
+
+
+def test_what_is_reported_belongs_to_the_engine_that_ran_it(recorder: Recorder) -> None:
+    token = CURRENT.set(collector := Collector())
+    recorder.processor.add_request(request("a"))
+    CURRENT.reset(token)
+    recorder.processor.process_outputs([output("a", 3, 3, engine=2)])
+    delivery.report(collector.choices)
+    assert recorder.told[-1][:2] == ("reported", 2)

@@ -53,6 +53,20 @@ def test_every_metric_is_there_with_its_type_and_labels(registry: CollectorRegis
     assert documented == exist
 
 
+def test_every_endpoint_that_generates_is_there() -> None:
+    pytest.importorskip("vllm", reason="needs an installed vLLM")
+    from vllm_toptheta.serving.endpoints import PLACES
+
+    rows = table("| endpoint | options | counts in the response |")
+    documented = {
+        name: "none" if cells[1].startswith("none") else names(cells[1])[0]
+        for cells in rows
+        for name in names(cells[0])
+    }
+    for path, place in PLACES.items():
+        assert documented[path] == ("none" if place is None else ".".join(place))
+
+
 def test_every_field_of_a_response_is_there() -> None:
     shown = summarise(Targets(Target(0.001), Target(0.001)), [1] * len(FIELDS))
     for fields, heading in (

@@ -50,17 +50,18 @@ def test_counts_become_counters_by_engine(registry: CollectorRegistry) -> None:
     metrics.counted(0, counts)
     metrics.counted(1, counts)
     metrics.counted(1, counts)
-    metrics.reported(counts)
+    metrics.reported(1, counts)
     assert value(registry, "rows_total") == 9
     assert value(registry, "rows_total", "1") == 18
     assert (
         value(registry, "rows_lifted_total")
-        == value(registry, "reported_total", count="rows_lifted")
+        == value(registry, "reported_total", "1", count="rows_lifted")
         == 2
     )
+    assert value(registry, "reported_total", count="rows_lifted") == 0, "of the other engine"
     assert value(registry, "dense_rows_total", reason="off") == 3
     assert value(registry, "dense_rows_total", reason="short") == 0, "there before it happens"
-    assert value(registry, "reported_total", count="keys_kept") == 5
+    assert value(registry, "reported_total", "1", count="keys_kept") == 5
     assert value(registry, "info", None, min_prob="0.001") == 1
 
 
@@ -70,9 +71,9 @@ def test_a_finished_sequence_is_one_observation(registry: CollectorRegistry) -> 
         rows=2, keys_scored=100, keys_kept=25, keys_target=20, kept_mass=MASS_UNIT * 19 // 10
     )
     assert value(registry, "kept_mass_count") == 0, "there before it happens"
-    metrics.finished(Choice("x", 0, "k", TARGETS, counts=counts), 0)
+    metrics.finished(Choice("x", 0, "k", TARGETS, counts=counts))
     prompts = row(prefill_rows=4, prefill_kept_mass=3 * MASS_UNIT)
-    metrics.finished(Choice("y", 0, "default", TARGETS, counts=prompts), 0)  # no decode row
+    metrics.finished(Choice("y", 0, "default", TARGETS, counts=prompts))  # no decode row
     assert value(registry, "request_kept_fraction_sum") == 0.25
     assert value(registry, "request_target_ratio_sum") == 1.25
     assert value(registry, "request_kept_fraction_count") == 1
@@ -193,7 +194,7 @@ def test_the_log_line_tells_of_the_phases_there_were() -> None:
 def test_the_recent_past_is_bounded() -> None:
     live = Live(log=False)
     for number in range(live_module.REQUESTS_KEPT + 5):
-        live.finished(Choice(f"r{number}", 0, "default", TARGETS, layers=[row()]), 0)
+        live.finished(Choice(f"r{number}", 0, "default", TARGETS, layers=[row()]))
     shown = live.requests()
     assert len(shown) == live_module.REQUESTS_KEPT
     assert shown[0]["request_id"] == f"r{live_module.REQUESTS_KEPT + 4}"

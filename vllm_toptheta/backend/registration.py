@@ -32,11 +32,11 @@ def register_backend() -> None:
     """Make `--attention-backend toptheta` known to this process; does nothing the second time.
 
     A vLLM whose internals moved must not break users who never ask for this backend, so a failure
-    is logged as an error and the name stays unknown: asking for it then fails at once.
+    is logged as an error and the name stays unknown: vLLM then refuses whoever asks for it.
     """
     try:
         _register()
-    except (ImportError, AttributeError, TypeError) as error:
+    except Exception as error:
         logger.error(
             "vllm-toptheta could not register its attention backend: %s: %s. This vLLM (%s) has "
             "moved an internal name that the plug-in needs. Install a tested version (pip install "
@@ -55,24 +55,49 @@ def _register() -> None:
 
     if NAME in AttentionBackendEnum.__members__:
         return
-    from vllm.config import VllmConfig
+    from vllm.config import AttentionConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms.cpu import CpuPlatform
 
     from vllm_toptheta.serving.install import install_on_arguments
+    from vllm_toptheta.telemetry import carrier
 
     select, create = CpuPlatform.get_attn_backend_cls, EngineArgs.create_engine_config
     compute_hash = VllmConfig.compute_hash
-    vllm_register_backend(NAME, backend_path())
-    member = AttentionBackendEnum[NAME]
+    _check_fields(VllmConfig, "attention_config", "additional_config", "instance_id")
+    _check_fields(AttentionConfig, "backend")
+    # The wraps come before the name: a name without them would be served by another backend, and
+    # nobody would hear of it.
+    CpuPlatform.get_attn_backend_cls = classmethod(_select_on_cpu(select.__func__))
+    EngineArgs.create_engine_config = _check_options(create)
+    VllmConfig.compute_hash = _hash_without_options(compute_hash)
+    try:
+        vllm_register_backend(NAME, backend_path())
+        member = AttentionBackendEnum[NAME]
+    except BaseException:
+        if NAME not in AttentionBackendEnum.__members__:
+            CpuPlatform.get_attn_backend_cls, EngineArgs.create_engine_config = select, create
+            VllmConfig.compute_hash = compute_hash
+        raise
     # An enum member pickles as a look-up of its value, and spawned processes unpickle the
     # configuration before they load plug-ins. This way unpickling itself loads the plug-in.
     member.__reduce_ex__ = lambda protocol: (load_member, ())
-    CpuPlatform.get_attn_backend_cls = classmethod(_select_on_cpu(select.__func__, member))
-    EngineArgs.create_engine_config = _check_options(create)
-    VllmConfig.compute_hash = _hash_without_options(compute_hash)
+    carrier.find_policy = _policy_of
     install_on_arguments()
     _warn_if_untested()
+
+
+def _check_fields(owner: Any, *names: str) -> None:
+    """Raise AttributeError for a configuration of vLLM's without these fields."""
+    if missing := [name for name in names if name not in owner.__dataclass_fields__]:
+        raise AttributeError(f"{owner.__name__} has no field {' or '.join(missing)}")
+
+
+def _policy_of(vllm_config: Any) -> Any:
+    """What requests to an engine may ask for."""
+    from vllm_toptheta.backend.plan import Plan
+
+    return Plan.from_vllm_config(vllm_config).policy()
 
 
 def backend_path() -> str:
@@ -97,20 +122,27 @@ def load_member() -> Any:
 def is_requested(vllm_config: Any) -> bool:
     """Whether a configuration selects this backend, for all layers or for one kind of them."""
     attention = vllm_config.attention_config
-    chosen = [attention.backend, *(attention.backend_per_kind or {}).values()]
+    per_kind = getattr(attention, "backend_per_kind", None) or {}
+    chosen = [attention.backend, *per_kind.values()]
     return any(getattr(backend, "name", None) == NAME for backend in chosen)
 
 
-def _select_on_cpu(original: Any, member: Any) -> Any:
+def _select_on_cpu(original: Any) -> Any:
     @functools.wraps(original)
-    def get_attn_backend_cls(
-        cls: Any, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
-    ) -> str:
-        if selected_backend is not member:
-            return original(cls, selected_backend, attn_selector_config, num_heads)
+    def get_attn_backend_cls(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        given = (*args, *kwargs.values())
+        member = next((value for value in given if getattr(value, "name", None) == NAME), None)
+        if member is None:
+            return original(cls, *args, **kwargs)
+        layer = next((value for value in given if hasattr(value, "_asdict")), None)
+        if layer is None:
+            raise RuntimeError(
+                f"toptheta: this vLLM ({_vllm_version()}) has moved the description of layers in "
+                "CpuPlatform.get_attn_backend_cls; install a tested vLLM or a newer vllm-toptheta"
+            )
         # The CPU platform validates nothing; on a GPU vLLM does this itself.
         reasons = member.get_class().validate_configuration(
-            device_capability=None, **attn_selector_config._asdict()
+            device_capability=None, **layer._asdict()
         )
         if reasons:
             raise ValueError(
@@ -128,25 +160,14 @@ def _check_options(original: Any) -> Any:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         vllm_config = original(self, *args, **kwargs)
         if is_requested(vllm_config):
-            from vllm_toptheta.backend.plan import Plan
-            from vllm_toptheta.serving.install import install
-            from vllm_toptheta.telemetry.carrier import install_on_scheduler
-
-            plan = Plan.from_vllm_config(vllm_config)
-            logger.info("%s", plan.describe())
-            if plan.no_table is not None:
-                logger.info("toptheta serves with defaults: %s", plan.no_table)
-            if plan.found is not None and plan.found.scores_differ:
-                logger.warning(
-                    "toptheta: the threshold table was calibrated for other attention scores, "
-                    "watch kept_mass: %s",
-                    plan.found.differs,
-                )
-            elif plan.found is not None and plan.found.differs:
-                logger.info("toptheta: the threshold table is a sibling's: %s", plan.found.differs)
-            install_on_scheduler()
-            install(self, vllm_config, plan)
-            _ask_for_huge_pages()
+            try:
+                _prepare(self, vllm_config)
+            except (ImportError, AttributeError, TypeError) as error:
+                raise RuntimeError(
+                    f"toptheta: this vLLM ({_vllm_version()}) has moved a name that the backend "
+                    f"needs: {type(error).__name__}: {error}. Install a tested vLLM or a newer "
+                    "vllm-toptheta, or serve with another --attention-backend"
+                ) from error
         return vllm_config
 
     return create_engine_config
@@ -164,6 +185,29 @@ def _hash_without_options(original: Any) -> Any:
         return original(self, *args, **kwargs)
 
     return compute_hash
+
+
+def _prepare(engine_args: Any, vllm_config: Any) -> None:
+    """Check the options of an engine that is to run this backend, and put everything in place."""
+    from vllm_toptheta.backend.plan import Plan
+    from vllm_toptheta.serving.install import install
+    from vllm_toptheta.telemetry.carrier import install_on_scheduler
+
+    plan = Plan.from_vllm_config(vllm_config)
+    logger.info("%s", plan.describe())
+    if plan.no_table is not None:
+        logger.info("toptheta serves with defaults: %s", plan.no_table)
+    if plan.found is not None and plan.found.scores_differ:
+        logger.warning(
+            "toptheta: the threshold table was calibrated for other attention scores, "
+            "watch kept_mass: %s",
+            plan.found.differs,
+        )
+    elif plan.found is not None and plan.found.differs:
+        logger.info("toptheta: the threshold table is a sibling's: %s", plan.found.differs)
+    install_on_scheduler()
+    install(engine_args, vllm_config, plan)
+    _ask_for_huge_pages()
 
 
 def _ask_for_huge_pages() -> None:

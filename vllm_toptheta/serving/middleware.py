@@ -7,11 +7,13 @@ everything else arrives as vLLM wrote it.
 
 import json
 import re
-import reprlib
+from collections import deque
 from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
-from vllm_toptheta.request_options import EXAMPLE, PREFIX
+from vllm_toptheta.request_options import PREFIX
+from vllm_toptheta.serving.endpoints import OPEN, PLACES, SHOWING, may_name_options, problem_of
 from vllm_toptheta.serving.responses import ResponseWriter
 from vllm_toptheta.serving.served import get_served, is_authorised
 from vllm_toptheta.serving.sinks import get_sinks
@@ -22,10 +24,11 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 PAGE = "/toptheta"
 
-_INCLUDE_USAGE = re.compile(rb'"include_usage"\s*:\s*true')
+_INCLUDE_USAGE = re.compile(rb'"stream_options"\s*:\s*\{[^{}]*"include_usage"\s*:\s*true')
+_OVERLAP = 256
+"""Bytes of one part of a body that are looked at with the next one."""
 
 
 class TopThetaMiddleware:
@@ -51,74 +54,74 @@ class TopThetaMiddleware:
         if path == PAGE and not _page_is_on(scope):
             await _answer(send, 404, b"text/plain; charset=utf-8", _PAGE_IS_OFF)
             return
-        if scope["method"] != "POST" or path not in PATHS or not is_authorised(scope):
+        guarded = path not in OPEN and not is_authorised(scope)
+        if scope["method"] != "POST" or path not in PLACES or guarded:
             await self.app(scope, receive, send)
             return
-        body, replay = await _read(receive)
-        if (problem := _problem(body)) is not None:
-            await _answer(send, 400, b"application/json", _error(problem))
+        read = await _read(receive)
+        replay, served = read.replay, get_served()
+        if read.named and (problem := problem_of(path, read.named, served.policy)) is not None:
+            await _answer(send, 400, b"application/json", _error(path, problem))
             return
-        if not get_served().config.telemetry:
+        usage_chunk = read.usage or getattr(served.args, "enable_force_include_usage", False)
+        del read  # the body is vLLM's from here on, and may be large
+        if not served.config.telemetry or path not in SHOWING:
             await self.app(scope, replay, send)
             return
         collector = Collector()
-        forced = getattr(get_served().args, "enable_force_include_usage", False)
-        usage_chunk = forced or _INCLUDE_USAGE.search(body) is not None
         token = CURRENT.set(collector)
         try:
             writer = ResponseWriter(send, path, collector, usage_chunk=usage_chunk)
             await self.app(scope, replay, writer)
         finally:
             CURRENT.reset(token)
+            collector.close()
 
 
-async def _read(receive: Receive) -> tuple[bytes, Receive]:
-    """The whole body, and a `receive` that hands it out once more."""
-    messages: list[Message] = []
-    body = b""
+@dataclass
+class _Read:
+    """A body that has come in.
+
+    Attributes:
+        named: the body, where it may name options; nothing elsewhere.
+        usage: whether it asks for a chunk of its own for the usage.
+        replay: a `receive` that hands the messages out once more, and lets go of each.
+    """
+
+    named: bytes
+    usage: bool
+    replay: Receive
+
+
+async def _read(receive: Receive) -> _Read:
+    # Bodies may be large: parts are looked through as they come in, and few bodies put together.
+    messages: deque[Message] = deque()
+    tail, named, usage = b"", False, False
     while True:
         message = await receive()
         messages.append(message)
-        if message["type"] != "http.request":
+        if message["type"] != "http.request":  # the client is gone
             break
-        body += message.get("body", b"")
+        part = tail + message.get("body", b"")
+        named = named or may_name_options(part)
+        usage = usage or _INCLUDE_USAGE.search(part) is not None
+        tail = part[-_OVERLAP:]
         if not message.get("more_body", False):
             break
 
     async def replay() -> Message:
-        return messages.pop(0) if messages else await receive()
+        return messages.popleft() if messages else await receive()
 
-    return body, replay
-
-
-def _problem(body: bytes) -> str | None:
-    """What is wrong with the request's options; None where nothing is, or vLLM is to say it."""
-    if PREFIX.encode() not in body:
-        return None
-    try:
-        request = json.loads(body)
-    except (ValueError, RecursionError):  # RecursionError: brackets a hundred thousand deep
-        return None
-    if not isinstance(request, dict):
-        return None
-    # vLLM ignores unknown fields, which would leave the client believing that it was heard.
-    if stray := sorted(key for key in request if key.startswith(PREFIX)):
-        return (
-            f"{', '.join(map(reprlib.repr, stray[:3]))} must stand inside of vllm_xargs: {EXAMPLE}"
-        )
-    try:
-        get_served().policy.check(request.get("vllm_xargs"))
-    except ValueError as error:
-        return str(error)
-    return None
+    body = b"".join(message.get("body", b"") for message in messages) if named else b""
+    return _Read(body, usage, replay)
 
 
-def _error(problem: str) -> bytes:
+def _error(path: str, problem: str) -> bytes:
     """The body of an error, as vLLM writes it."""
     error = {
         "message": f"toptheta: {problem}",
         "type": "BadRequestError",
-        "param": "vllm_xargs",
+        "param": ".".join(PLACES[path] or ()) or None,
         "code": 400,
     }
     return json.dumps({"error": error}).encode()

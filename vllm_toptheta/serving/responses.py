@@ -18,6 +18,10 @@ _DATA = b"data: "
 _FINISHED = b'"finish_reason":"'
 _NO_CHOICES = b'"choices":[]'
 _RESPONSE_ENDS = (b"event: response.completed\n", b"event: response.incomplete\n")
+_MESSAGE_ENDS = (b"event: message_delta\n",)
+_ENDS = {"/v1/responses": _RESPONSE_ENDS, "/v1/messages": _MESSAGE_ENDS}
+"""First lines of the last event, by path, where events have names."""
+_NUMBERED = {"/v1/completions": "-", "/v1/chat/completions/batch": "_"}
 
 
 class ResponseWriter:
@@ -38,19 +42,20 @@ class ResponseWriter:
         self._usage_chunk = usage_chunk
         self._mode = "pass"
         self._start: Message = {}
-        self._body = b""
+        self._body: list[bytes] = []
         self._num_finished = 0
 
     async def __call__(self, message: Message) -> None:
         """Pass a message on, changed where the field belongs into it."""
         if message["type"] == "http.response.start":
-            self._mode = _mode(message)
+            with shielded("server"):
+                self._mode = _mode(message)
             self._start = message
             if self._mode == "json":
                 return  # its length changes, so it waits for the body
         elif message["type"] == "http.response.body":
             if self._mode == "json":
-                self._body += message.get("body", b"")
+                self._body.append(message.get("body", b""))
                 if message.get("more_body", False):
                     return
                 await self._send_json(message)
@@ -61,7 +66,7 @@ class ResponseWriter:
         await self._send(message)
 
     async def _send_json(self, message: Message) -> None:
-        body = self._body
+        body = b"".join(self._body)
         with shielded("server"):
             body = self._insert(body)
         headers = [(k, v) for k, v in self._start["headers"] if k.lower() != b"content-length"]
@@ -70,15 +75,14 @@ class ResponseWriter:
         await self._send({**message, "body": body})
 
     def _edit_events(self, body: bytes) -> bytes:
-        if self._path == "/v1/responses":
-            marks: tuple[bytes, ...] = _RESPONSE_ENDS
-        else:
-            marks = (_NO_CHOICES,) if self._usage_chunk else (_FINISHED,)
+        marks = _ENDS.get(self._path) or ((_NO_CHOICES,) if self._usage_chunk else (_FINISHED,))
         if not any(mark in body for mark in marks):
             return body
         return b"\n\n".join(self._edit_event(event) for event in body.split(b"\n\n"))
 
     def _edit_event(self, event: bytes) -> bytes:
+        if self._path == "/v1/messages":
+            return self._insert(event) if event.startswith(_MESSAGE_ENDS) else event
         if self._path == "/v1/responses":
             if event.startswith(_RESPONSE_ENDS):
                 head, data = event.split(_DATA, 1)
@@ -116,8 +120,11 @@ class ResponseWriter:
         return shown
 
     def _order(self, choice: Choice) -> tuple[int, int]:
-        # Completions number their prompts at the end of the id that the engine gets.
-        number = choice.request_id.rpartition("-")[2] if self._path == "/v1/completions" else "0"
+        # These number their prompts at the end of the id that the engine gets.
+        mark = _NUMBERED.get(self._path)
+        if self._path == "/invocations" and choice.request_id.startswith("cmpl-"):
+            mark = "-"
+        number = choice.request_id.rpartition(mark)[2] if mark else "0"
         return int(number), choice.index
 
 

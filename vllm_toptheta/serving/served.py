@@ -1,10 +1,13 @@
 """What this process serves: set when the engine is configured, read by every serving module."""
 
 import os
+import secrets
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from starlette.datastructures import Headers
 
 from vllm_toptheta.config import TopThetaConfig
 from vllm_toptheta.model_identity import ModelIdentity
@@ -34,13 +37,9 @@ class Served:
     table_path: Path | None
     args: Namespace | None
 
-    def api_keys(self) -> list[str]:
-        """Keys that clients must show, as vLLM chooses them; empty for an open server."""
-        keys = getattr(self.args, "api_key", None) or [os.environ.get("VLLM_API_KEY")]
-        return [key for key in keys if key]
-
 
 _served: dict[str, Served] = {}
+_server_args: list[Namespace] = []
 
 
 def set_served(served: Served, instance_id: str) -> None:
@@ -64,6 +63,12 @@ def get_served() -> Served:
     return next(reversed(_served.values()))
 
 
+def set_server_args(args: Namespace) -> None:
+    """Remember the command line of the HTTP server, as vLLM hands it to endpoint plug-ins. Engines
+    may be configured without one."""
+    _server_args[:] = [args]
+
+
 def policy_of(instance_id: str) -> RequestPolicy | None:
     """What requests to one engine of this process may ask for; None for other backends' engines."""
     served = _served.get(instance_id)
@@ -73,14 +78,15 @@ def policy_of(instance_id: str) -> RequestPolicy | None:
 def is_authorised(scope: Any) -> bool:
     """Whether an HTTP request shows one of the server's keys; vLLM itself guards only /v1.
 
+    Nobody is where the server's command line is unknown, and its keys with it.
+
     Args:
         scope: ASGI scope of the request.
     """
-    from starlette.datastructures import Headers
-    from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
-
-    keys = get_served().api_keys()
-    if not keys:
-        return True
-    guard = AuthenticationMiddleware(app=None, tokens=keys)
-    return bool(guard.verify_token(Headers(scope=scope)))
+    args = _server_args[0] if _server_args else get_served().args
+    if args is None or not hasattr(args, "api_key"):
+        return False
+    keys = [key for key in args.api_key or [os.environ.get("VLLM_API_KEY")] if key]
+    scheme, _, shown = Headers(scope=scope).get("authorization", "").partition(" ")
+    matches = [secrets.compare_digest(shown.encode(), key.encode()) for key in keys]
+    return not keys or (scheme.lower() == "bearer" and any(matches))

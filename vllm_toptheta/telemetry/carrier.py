@@ -8,20 +8,26 @@ counts and one error is logged. Pipeline stages add their counts to the tensors 
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from vllm_toptheta.request_options import RequestPolicy
 from vllm_toptheta.telemetry.counters import FIELDS
 from vllm_toptheta.telemetry.ledger import Ledger, Letter, StepRecord
 from vllm_toptheta.telemetry.shield import shielded, take_failures
 from vllm_toptheta.telemetry.step_log import STEP_LOG
-from vllm_toptheta.telemetry.wrapping import can_wrap, mark_wrapped
+from vllm_toptheta.telemetry.wrapping import Argument, can_wrap, mark_wrapped, optional
 
 KEY = "toptheta"
 
 _LOST = "responses and metrics show nothing of what was pruned, and requests cannot choose their k"
+
+
+find_policy: Callable[[Any], RequestPolicy] | None = None
+"""What requests to the engine of a `VllmConfig` may ask for; set by whoever knows."""
 
 
 def install_on_worker(vllm_config: Any, *, count: bool) -> None:
@@ -31,12 +37,16 @@ def install_on_worker(vllm_config: Any, *, count: bool) -> None:
         vllm_config: vLLM's configuration.
         count: whether to attach counts.
     """
-    if vllm_config.use_v2_model_runner:
-        from vllm.v1.worker.gpu.model_runner import GPUModelRunner
-    else:
-        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    with optional(_LOST):
+        if vllm_config.use_v2_model_runner:
+            from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+        else:
+            from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    install_on_runner(GPUModelRunner, count=count)
+        install_on_runner(GPUModelRunner, count=count)
+    with optional("the worker cannot check again what requests ask for"):
+        if find_policy is not None:
+            STEP_LOG.policies[vllm_config.instance_id] = find_policy(vllm_config)
 
 
 def install_on_runner(runner_class: Any, *, count: bool) -> None:
@@ -53,25 +63,22 @@ def install_on_runner(runner_class: Any, *, count: bool) -> None:
         return
     execute, sample = runner_class.execute_model, runner_class.sample_tokens
     received: dict[str, torch.Tensor] = {}
+    scheduled = Argument(execute, "scheduler_output")
+    intermediate = Argument(execute, "intermediate_tensors")
+    dummy = Argument(execute, "dummy_run")
 
     @functools.wraps(execute)
-    def execute_model(
-        self: Any,
-        scheduler_output: Any,
-        intermediate_tensors: Any = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
+    def execute_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        STEP_LOG.end()  # drops what an aborted step left
         received.clear()
-        if intermediate_tensors is not None and KEY in intermediate_tensors.tensors:
-            received[KEY] = intermediate_tensors.tensors.pop(KEY)
-        if kwargs.get("dummy_run") or (args and args[0] is True):
-            STEP_LOG.end()
-        else:
-            STEP_LOG.begin(
-                self, scheduler_output.finished_req_ids, scheduler_output.scheduled_new_reqs
-            )
-        output = execute(self, scheduler_output, intermediate_tensors, *args, **kwargs)
+        with shielded("worker"):
+            tensors = getattr(intermediate.get(args, kwargs), "tensors", {})
+            if KEY in tensors:
+                received[KEY] = tensors.pop(KEY)
+            if not dummy.get(args, kwargs):
+                step = scheduled.get(args, kwargs)
+                STEP_LOG.begin(self, step.finished_req_ids, step.scheduled_new_reqs)
+        output = execute(self, *args, **kwargs)
         if (
             count
             and STEP_LOG.runner is not None
@@ -87,7 +94,7 @@ def install_on_runner(runner_class: Any, *, count: bool) -> None:
         if count and STEP_LOG.runner is not None:
             with shielded("worker"):
                 # Sampling may drop rows from the batch, so the order of the step is read before.
-                counts = _begin(_batch_request_ids(self), received)
+                counts = _begin(self, received)
         STEP_LOG.end()
         output = sample(self, *args, **kwargs)
         if count:
@@ -106,10 +113,12 @@ def batch_request_ids(runner: Any, slots: Any = None) -> list[str]:
         runner: vLLM's model runner.
         slots: `CommonAttentionMetadata.req_idx`, the persistent slot of each row; V2 runner only.
     """
-    if slots is None:
-        return list(runner.input_batch.req_ids)
-    by_slot = runner.req_states.index_to_req_id
-    return [by_slot.get(int(slot), "") for slot in slots]
+    with shielded("worker"):
+        if slots is None:
+            return list(runner.input_batch.req_ids)
+        by_slot = runner.req_states.index_to_req_id
+        return [by_slot.get(int(slot), "") for slot in slots]
+    return []
 
 
 def _batch_request_ids(runner: Any) -> list[str]:
@@ -178,9 +187,10 @@ def _hand_on(tensors: dict[str, torch.Tensor], received: dict[str, torch.Tensor]
         tensors[KEY] = totals.to(device)
 
 
-def _begin(request_ids: list[str], received: dict[str, torch.Tensor]) -> _Counts | None:
+def _begin(runner: Any, received: dict[str, torch.Tensor]) -> _Counts | None:
     """Add up the counts of a step and start their copy to the host, without waiting for it."""
     steps = STEP_LOG.end()
+    # First of all: ranks add up together, and one that failed before would leave others waiting.
     totals = _totals(steps, received)
     if totals is None:
         return None
@@ -191,6 +201,7 @@ def _begin(request_ids: list[str], received: dict[str, torch.Tensor]) -> _Counts
         copied = torch.cuda.Event()
         copied.record()
     step = steps[-1]
+    request_ids = _batch_request_ids(runner)
     return _Counts(request_ids, step.num_reqs, step.num_layers, step.detail, totals, copied)
 
 
@@ -223,31 +234,35 @@ def _put(output: Any, counts: _Counts | None) -> None:
 
 def install_on_scheduler() -> None:
     """Make the scheduler put counts into its outputs; does nothing the second time."""
-    from vllm.v1.core.sched.scheduler import Scheduler
+    with optional(_LOST):
+        from vllm.v1.core.sched.scheduler import Scheduler
 
-    methods = {"update_from_output": "model_runner_output"}
-    if not can_wrap(Scheduler, methods, _LOST):
-        return
-    original = Scheduler.update_from_output
+        if can_wrap(Scheduler, {"update_from_output": "model_runner_output"}, _LOST):
+            _wrap_scheduler(Scheduler)
+
+
+def _wrap_scheduler(scheduler_class: Any) -> None:
+    original = scheduler_class.update_from_output
+    ran = Argument(original, "model_runner_output")
 
     @functools.wraps(original)
-    def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
+    def update_from_output(self: Any, *args: Any, **kwargs: Any) -> Any:
         ledger: Ledger | None = vars(self).get("_toptheta_ledger")
-        record = getattr(model_runner_output, KEY, None)
+        record = getattr(ran.get(args, kwargs), KEY, None)
         if record is not None:
             with shielded("engine"):
                 if ledger is None:
                     ledger = self._toptheta_ledger = Ledger(_engine_index(self))
                 # Before the scheduler lets finished requests go, and their clients with them.
                 ledger.add(record, lambda name: getattr(self.requests.get(name), "client_index", 0))
-        outputs = original(self, scheduler_output, model_runner_output)
+        outputs = original(self, *args, **kwargs)
         if ledger is not None:
             with shielded("engine"):
                 _deliver(self, ledger, outputs)
         return outputs
 
-    Scheduler.update_from_output = update_from_output
-    mark_wrapped(Scheduler)
+    scheduler_class.update_from_output = update_from_output
+    mark_wrapped(scheduler_class)
 
 
 def _engine_index(scheduler: Any) -> int:

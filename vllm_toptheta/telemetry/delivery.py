@@ -22,7 +22,7 @@ from vllm_toptheta.telemetry.counters import (
     zeros,
 )
 from vllm_toptheta.telemetry.shield import shielded
-from vllm_toptheta.telemetry.wrapping import can_wrap, mark_wrapped
+from vllm_toptheta.telemetry.wrapping import Argument, can_wrap, mark_wrapped, optional
 
 
 @dataclass
@@ -37,6 +37,7 @@ class Choice:
         counts: so far, columns as in FIELDS.
         layers: the same for each layer, where the request asked for it.
         finished: whether the last token has been seen.
+        engine: index of the engine core it runs in.
     """
 
     request_id: str
@@ -46,6 +47,7 @@ class Choice:
     counts: Counts = field(default_factory=zeros)
     layers: list[Counts] | None = None
     finished: bool = False
+    engine: int = 0
 
     def show(self) -> dict[str, Any]:
         """The object a response carries."""
@@ -58,6 +60,9 @@ class Choice:
 def show_all(choices: list[Choice]) -> dict[str, Any] | None:
     """The object of a response with these choices: totals, and one entry per choice if several.
 
+    Beam search makes a sequence per beam and token, none of which is a choice of the response: it
+    has totals only.
+
     Args:
         choices: in the order of the response.
     """
@@ -66,15 +71,27 @@ def show_all(choices: list[Choice]) -> dict[str, Any] | None:
     total = zeros()
     for choice in choices:
         add(total, choice.counts)
+    shown = summarise(choices[0].targets, total)
+    if _BEAM in choices[0].request_id:
+        return shown
     entries = [{"index": index, **choice.show()} for index, choice in enumerate(choices)]
-    return {**summarise(choices[0].targets, total), "choices": entries}
+    return {**shown, "choices": entries}
 
 
 @dataclass
 class Collector:
-    """The choices of one HTTP request, in the order in which they reached the engine."""
+    """The choices of one HTTP request, in the order in which they reached the engine.
+
+    Tasks that outlive the request keep it for good, as the loop does that the first request of an
+    engine starts; so it is closed, and holds nothing, when the response is out.
+    """
 
     choices: list[Choice] = field(default_factory=list)
+    closed: bool = False
+
+    def close(self) -> None:
+        """Let go of the choices, and take no more."""
+        self.choices, self.closed = [], True
 
 
 CURRENT: ContextVar[Collector | None] = ContextVar("toptheta_collector", default=None)
@@ -93,16 +110,17 @@ class Sink:
     def failed(self, engine: int, failures: dict[str, int]) -> None:
         """Telemetry failures in the engine's processes."""
 
-    def finished(self, choice: Choice, engine: int) -> None:
+    def finished(self, choice: Choice) -> None:
         """A sequence has its last token."""
 
-    def reported(self, counts: Counts) -> None:
+    def reported(self, engine: int, counts: Counts) -> None:
         """Counts were put into a response."""
 
 
 _sinks: list[Sink] = []
 _ATTRIBUTE, _OVER_HTTP, _CHOICES = "toptheta_choice", "toptheta_over_http", "toptheta_choices"
 _RESOLVED = "toptheta_resolved"
+_BEAM = "-beam-"
 
 
 def add_sink(sink: Sink) -> None:
@@ -113,7 +131,7 @@ def add_sink(sink: Sink) -> None:
 def report(choices: list[Choice]) -> None:
     """Note that the counts of these choices are in a response now."""
     for choice in choices:
-        _tell("reported", choice.counts)
+        _tell("reported", choice.engine, choice.counts)
 
 
 def resolve(request: Any, setting: str, targets: Targets) -> None:
@@ -131,37 +149,44 @@ def resolve(request: Any, setting: str, targets: Targets) -> None:
 def install_on_output_processor() -> None:
     """Make vLLM's output processor take counts out of engine outputs; does nothing the second
     time."""
-    from vllm.v1.engine.output_processor import OutputProcessor
-
-    methods = {"add_request": "request", "process_outputs": "engine_core_outputs"}
     lost = "responses and metrics show nothing of what was pruned"
-    if not can_wrap(OutputProcessor, methods, lost):
-        return
-    add_request, process_outputs = OutputProcessor.add_request, OutputProcessor.process_outputs
+    methods = {"add_request": "request", "process_outputs": "engine_core_outputs"}
+    with optional(lost):
+        from vllm.v1.engine.output_processor import OutputProcessor
+
+        if can_wrap(OutputProcessor, methods, lost):
+            _wrap_output_processor(OutputProcessor)
+
+
+def _wrap_output_processor(processor_class: Any) -> None:
+    add_request, process_outputs = processor_class.add_request, processor_class.process_outputs
+    added = Argument(add_request, "request")
+    arrived = Argument(process_outputs, "engine_core_outputs")
 
     @functools.wraps(add_request)
-    def add_and_open(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        result = add_request(self, request, *args, **kwargs)
+    def add_and_open(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = add_request(self, *args, **kwargs)
         with shielded("server"):
-            _open(self, request)
+            _open(self, added.get(args, kwargs))
         return result
 
     @functools.wraps(process_outputs)
-    def take_and_process(self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
-        touched: list[tuple[str, Choice, int]] = []
+    def take_and_process(self: Any, *args: Any, **kwargs: Any) -> Any:
+        touched: list[tuple[str, Choice]] = []
         with shielded("server"):
-            engine_core_outputs = _take(self, engine_core_outputs, touched)
-        result = process_outputs(self, engine_core_outputs, *args, **kwargs)
+            rest = _take(self, arrived.get(args, kwargs), touched)
+            args = arrived.replace(args, kwargs, rest)
+        result = process_outputs(self, *args, **kwargs)
         with shielded("server"):
-            for request_id, choice, engine in touched:
+            for request_id, choice in touched:
                 if request_id not in self.request_states and not choice.finished:
                     choice.finished = True
-                    _tell("finished", choice, engine)
+                    _tell("finished", choice)
         return result
 
-    OutputProcessor.add_request = add_and_open
-    OutputProcessor.process_outputs = take_and_process
-    mark_wrapped(OutputProcessor)
+    processor_class.add_request = add_and_open
+    processor_class.process_outputs = take_and_process
+    mark_wrapped(processor_class)
 
 
 def _open(processor: Any, request: Any) -> None:
@@ -175,14 +200,14 @@ def _open(processor: Any, request: Any) -> None:
     choice = Choice(state.external_req_id, state.request_index, *resolved)
     setattr(state, _ATTRIBUTE, choice)
     collector = CURRENT.get()
-    if collector is not None:
+    if collector is not None and not collector.closed:
         collector.choices.append(choice)
         setattr(state, _OVER_HTTP, True)
     elif state.parent_req is not None:
         vars(state.parent_req).setdefault(_CHOICES, {})[state.request_index] = choice
 
 
-def _take(processor: Any, outputs: list[Any], touched: list[tuple[str, Choice, int]]) -> list[Any]:
+def _take(processor: Any, outputs: list[Any], touched: list[tuple[str, Choice]]) -> list[Any]:
     """Read the counts of every output; letters are taken out of the list."""
     rest = []
     new: dict[int, Counts] = {}
@@ -207,7 +232,7 @@ def _take(processor: Any, outputs: list[Any], touched: list[tuple[str, Choice, i
 
 
 def _read(
-    processor: Any, output: Any, content: dict[str, Any], touched: list[tuple[str, Choice, int]]
+    processor: Any, output: Any, content: dict[str, Any], touched: list[tuple[str, Choice]]
 ) -> None:
     params = {key: value for key, value in output.kv_transfer_params.items() if key != KEY}
     output.kv_transfer_params = params or None
@@ -216,7 +241,8 @@ def _read(
     if state is None or choice is None:
         return
     choice.counts, choice.layers = content["total"], content.get("layers")
-    touched.append((output.request_id, choice, content["engine"]))
+    choice.engine = content["engine"]
+    touched.append((output.request_id, choice))
     if not hasattr(state, _OVER_HTTP):
         output.kv_transfer_params = {**params, KEY: _show_offline(state, choice)}
 

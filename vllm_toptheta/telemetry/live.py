@@ -56,7 +56,7 @@ class Live(Sink):
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(LOG_EVERY_S, self._write_log)
 
-    def finished(self, choice: Choice, engine: int) -> None:
+    def finished(self, choice: Choice) -> None:
         shown = choice.show()
         shown.pop("layers", None)
         head = {

@@ -167,8 +167,9 @@ class Metrics(Sink):
         for place, count in failures.items():
             self._errors.labels(self._model, str(engine), place).inc(count)
 
-    def finished(self, choice: Choice, engine: int) -> None:
-        self._requests.labels(self._model, str(engine), choice.setting).inc()
+    def finished(self, choice: Choice) -> None:
+        engine = str(choice.engine)
+        self._requests.labels(self._model, engine, choice.setting).inc()
         shown = choice.show()
         for series, value in (
             (self._kept, shown["kept_fraction"]),
@@ -177,13 +178,13 @@ class Metrics(Sink):
             (self._ratio, shown["target_ratio"]),
         ):
             if value is not None:
-                series.labels(self._model, str(engine)).observe(value)
+                series.labels(self._model, engine).observe(value)
 
-    def reported(self, counts: Counts) -> None:
+    def reported(self, engine: int, counts: Counts) -> None:
         named = by_name(counts)
         for name in _REPORTED:
             if named[name]:
-                self._reported.labels(self._model, "0", name).inc(named[name])
+                self._reported.labels(self._model, str(engine), name).inc(named[name])
 
     def drift(self) -> dict[int, list[float | None]]:
         """Recent ratios of every layer, by engine."""

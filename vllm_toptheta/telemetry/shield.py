@@ -26,7 +26,8 @@ def shielded(place: str) -> Iterator[None]:
     except Exception:
         _failures[place] += 1
         for listener in listeners:
-            listener(place)
+            with contextlib.suppress(Exception):  # it would end what the shield is there for
+                listener(place)
         if place not in _logged:
             _logged.add(place)
             logger.exception(

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from vllm_toptheta.request_options import RequestOptions
+from vllm_toptheta.request_options import RequestOptions, RequestPolicy
 from vllm_toptheta.telemetry.shield import shielded
 
 
@@ -15,10 +15,13 @@ class StepLog:
             runs, which are never recorded.
         options: options of every request that the engine holds and that are not the default ones,
             by request id.
+        policies: what requests may ask for, by `VllmConfig.instance_id` of the engines in this
+            process, where somebody said.
     """
 
     def __init__(self) -> None:
         self.runner: Any = None
+        self.policies: dict[str, RequestPolicy] = {}
         self.options: dict[str, RequestOptions] = {}
         self._steps: list[Any] = []
 
@@ -34,14 +37,20 @@ class StepLog:
         self._steps.clear()
         for request_id in finished:
             self.options.pop(request_id, None)
+        engine = getattr(getattr(runner, "vllm_config", None), "instance_id", "")
+        policy = self.policies.get(engine)
         for request in new_requests:
-            self._note(request.req_id, getattr(request.sampling_params, "extra_args", None))
+            extra_args = getattr(request.sampling_params, "extra_args", None)
+            self._note(request.req_id, extra_args, policy)
 
-    def _note(self, request_id: str, extra_args: object) -> None:
+    def _note(self, request_id: str, extra_args: object, policy: RequestPolicy | None) -> None:
         self.options.pop(request_id, None)
-        # Requests were checked on their way in; one that got around the check runs as default.
+        # Requests were checked on their way in; one that got around the check runs as default. Here
+        # it would end the engine: a table has no threshold for a k outside of it.
         with shielded("worker"):
             options = RequestOptions.parse(extra_args)
+            if policy is not None:
+                policy.check(extra_args)
             if options != RequestOptions():
                 self.options[request_id] = options
 
