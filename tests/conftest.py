@@ -1,9 +1,10 @@
-"""Shared fixtures: the real model, fetched once."""
+"""Shared fixtures: the real model, fetched once. Tests compute on one thread."""
 
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -11,6 +12,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import triton_interpreter  # noqa: E402
 
 triton_interpreter.load()
+# Their tensors are tiny, so that two threads wait for each other most of the time: on a machine
+# that does something else as well, fifty times as long as one computes. Kernels get threads where
+# they are what is tested, servers have their own.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

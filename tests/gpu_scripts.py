@@ -25,7 +25,12 @@ def run_bare(folder: Path, script: str, *arguments: str | Path) -> subprocess.Co
     """A script in the interpreter, where no vLLM but the carried one can be imported."""
     return subprocess.run(
         [sys.executable, TESTS / "bare_machine.py", folder, SCRIPTS / script, *arguments],
-        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",  # tensors are tiny
+        },
         capture_output=True,
         text=True,
         timeout=800,
