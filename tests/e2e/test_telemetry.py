@@ -69,9 +69,10 @@ class Running:
 def start(model: Path, folder: Path, *args: str, env: dict[str, str] | None = None) -> Server:
     table = save_table(model, folder / "table.safetensors")
     options = {"thresholds": str(table), "min_prob": 0.02, "min_kv_len": 32, "max_k": 128}
+    recount = str(Path(__file__).parent / "recount")
     plug_ins = {
         **ENV,
-        "PYTHONPATH": str(Path(__file__).parent / "recount"),
+        "PYTHONPATH": os.pathsep.join([recount, *filter(None, [os.environ.get("PYTHONPATH")])]),
         "TOPTHETA_RECOUNT": str(folder / "recount.jsonl"),
         "TOPTHETA_BREAK": str(folder / "broken"),
         **(env or {}),
