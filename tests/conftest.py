@@ -1,11 +1,16 @@
-"""Shared fixtures: the real model, fetched once."""
+"""Shared fixtures: the real model, fetched once. Tests compute on one thread."""
 
 from pathlib import Path
 
 import pytest
+import torch
 import triton_interpreter
 
 triton_interpreter.load()
+# Their tensors are tiny, so that two threads wait for each other most of the time: on a machine
+# that does something else as well, fifty times as long as one computes. Kernels get threads where
+# they are what is tested, servers have their own.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -35,6 +35,7 @@ def run_bare(folder: Path, module: str, *arguments: str | Path) -> subprocess.Co
             "TRITON_INTERPRET": "1",
             "CUDA_VISIBLE_DEVICES": "",
             "PYTHONPATH": str(TESTS.parent),
+            "OMP_NUM_THREADS": "1",  # tensors are tiny
         },
         capture_output=True,
         text=True,

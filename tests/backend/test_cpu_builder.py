@@ -365,3 +365,23 @@ def test_counts_per_head_add_up_to_those_of_the_requests(
     assert int(torch.tensor(heads["scored"]).sum()) == total("v_rows_scored")
     assert float(mass.sum()) * 1e6 == pytest.approx(total("kept_mass"), abs=4)
     assert (mass[1] == 2).all(), "the dense layer keeps everything"
+
+
+def test_means_are_updated_in_steps_that_complete_a_group(
+    monkeypatch: pytest.MonkeyPatch, vllm_config: VllmConfig
+) -> None:
+    engine, batch = Engine(monkeypatch, vllm_config, "decode", True), Batch([0, 1])
+    updated: list[list[int]] = []
+    monkeypatch.setattr(
+        cpu, "update_v_means", lambda cache, layout, slots, target: updated.append(slots.tolist())
+    )
+    cache = torch.zeros(4, KV_HEADS, BLOCK, PageLayout(BLOCK, HEAD_DIM).content_elements)
+    key = value = torch.zeros(3, KV_HEADS, HEAD_DIM)
+    slots = torch.zeros(3, dtype=torch.int64)
+    # The same tensor in every step, as a runner may pass it.
+    for written in ([5, 40, -1], [GROUP - 1, 41, -1], [33, 42, 3 * GROUP - 1], [34, 43, -1]):
+        slots[:] = torch.tensor(written)
+        engine.builder.build(0, batch.common())
+        for impl in engine.impls:
+            impl.do_kv_cache_update(LAYER, key, value, cache, slots)
+    assert updated == [[GROUP - 1]] * len(NAMES) + [[3 * GROUP - 1]] * len(NAMES)

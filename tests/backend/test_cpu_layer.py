@@ -19,7 +19,7 @@ from vllm.v1.attention.backends.cpu_attn import (  # noqa: E402
     CPUAttentionMetadata,
 )
 
-from vllm_toptheta.backend.cpu import TopThetaCPUImpl, TopThetaCPUMetadata  # noqa: E402
+from vllm_toptheta.backend.cpu import GroupEnds, TopThetaCPUImpl, TopThetaCPUMetadata  # noqa: E402
 from vllm_toptheta.backend.cpu_step import DecodeStep  # noqa: E402
 from vllm_toptheta.backend.prompts import PromptStep  # noqa: E402
 from vllm_toptheta.kernels.layout import UNCALIBRATED_WEIGHTS, PageLayout  # noqa: E402
@@ -75,7 +75,8 @@ def metadata(
 
 def bind(layer: TopThetaCPUImpl) -> PageLayout:
     layout = PageLayout(BLOCK, HEAD_DIM)
-    layer.bind(0, layout, torch.tensor(UNCALIBRATED_WEIGHTS).repeat(HEADS, 1), means=True)
+    weights = torch.tensor(UNCALIBRATED_WEIGHTS).repeat(HEADS, 1)
+    layer.bind(0, layout, weights, GroupEnds(layout.group_size))
     return layout
 
 

@@ -258,3 +258,26 @@ def test_requests_may_name_a_k_exactly_where_there_is_a_table() -> None:
 )
 def test_means_are_kept_where_rows_read_them(options: dict[str, Any], needs: bool) -> None:
     assert make_plan(**options).needs_means is needs
+
+
+def test_a_batch_of_the_same_requests_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    dial = make_dial(min_kv_len=0)
+    looked_up: list[Target] = []
+    of = Target.of
+
+    def count(self: Target, options: RequestOptions) -> Target:
+        looked_up.append(self)
+        return of(self, options)
+
+    monkeypatch.setattr(Target, "of", count)
+    options = {row: RequestOptions(k=20 + row / 4) for row in range(70)}
+    for step in range(3):
+        plan = dial.plan(torch.full((70,), 500 + step), dict(options))
+        assert plan.log_min_prob[0, 8, 0].item() == pytest.approx(at_k(22, 500 + step), rel=1e-5)
+    assert len(looked_up) == 70
+    # Another request takes a row, then one leaves.
+    options[8] = RequestOptions(min_prob=0.01)
+    plan = dial.plan(torch.full((70,), 500), options)
+    assert plan.log_min_prob[0, 8, 0].item() == pytest.approx(math.log(0.01))
+    assert dial.plan(torch.full((8,), 500), options).target.shape == (LAYERS, 8)
+    assert len(looked_up) == 148

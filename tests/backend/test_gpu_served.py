@@ -12,7 +12,7 @@ pytest.importorskip("vllm", reason="needs an installed vLLM")
 pytest.importorskip("triton")
 
 import torch  # noqa: E402
-from e2e.conftest import generate, toptheta  # noqa: E402
+from e2e.conftest import ONE_THREAD, generate, toptheta  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 pytestmark = pytest.mark.e2e
@@ -66,10 +66,11 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Answers, Answers]
     prompts = [torch.randint(3, 128, (n,), generator=generator).tolist() for n in LENGTHS[:3]]
     found = []
     for env in (CPU, GPU):
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in env.items():
-                patch.setenv(name, value)
-            found.append(generate(folder / "model", [*prompts, prompts[0]], TOKENS, engines))
+        found.append(
+            generate(
+                folder / "model", [*prompts, prompts[0]], TOKENS, engines, {**ONE_THREAD, **env}
+            )
+        )
     return found[0], found[1]
 
 

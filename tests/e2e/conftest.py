@@ -18,6 +18,8 @@ from server import Server  # noqa: E402
 
 ENV = {"VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}"}
 OPTIONS = ["--dtype", "float32", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(1 << 29)]
+ONE_THREAD = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+"""For tiny models and interpreted kernels, whose threads wait for each other; a rank."""
 KEEP_ALL = 1e-300
 """A min_prob that every key reaches: the whole Top-theta path, and dense answers."""
 
@@ -44,7 +46,11 @@ def toptheta(**options: Any) -> dict[str, Any]:
 
 
 def generate(
-    model: Path, prompts: list[list[int]], max_tokens: int, engines: list[dict[str, Any]]
+    model: Path,
+    prompts: list[list[int]],
+    max_tokens: int,
+    engines: list[dict[str, Any]],
+    env: dict[str, str] = ENV,
 ) -> list[list[dict[str, Any]]]:
     """What every engine generates for the prompts, and its summaries; see `generate.py`."""
     script = Path(__file__).with_name("generate.py")
@@ -56,7 +62,7 @@ def generate(
             capture_output=True,
             text=True,
             timeout=600,
-            env={**os.environ, **ENV},
+            env={**os.environ, **env},
             check=False,
         )
         assert done.returncode == 0, done.stderr[-3000:]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from e2e.conftest import KEEP_ALL, generate, toptheta
+from e2e.conftest import KEEP_ALL, ONE_THREAD, generate, toptheta
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 WINDOW, LAYERS, HEADS, TOKENS = 96, 4, 4, 12
@@ -38,7 +38,7 @@ def gemma2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_windows_and_soft_caps_through_the_engine(gemma2: Path) -> None:
     options = {"thresholds": "none", "min_prob": KEEP_ALL, "min_kv_len": WINDOW}
-    stock, ours = generate(gemma2, PROMPTS, TOKENS, [{}, toptheta(**options)])
+    stock, ours = generate(gemma2, PROMPTS, TOKENS, [{}, toptheta(**options)], ONE_THREAD)
     assert [answer["ids"] for answer in ours] == [answer["ids"] for answer in stock]
     for prompt, answer in zip(PROMPTS, ours, strict=True):
         summary = answer["summary"]["toptheta"]

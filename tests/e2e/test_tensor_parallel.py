@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from e2e.conftest import ONE_THREAD
 from openai import OpenAI
 from server import Server
 from threshold_fixtures import make_table
@@ -87,8 +88,7 @@ def run(model: Path, folder: Path, *args: str) -> Outcome:
     }
     small = ["--dtype", "float32", "--max-model-len", "1024", "--enforce-eager"]
     small += ["--kv-cache-memory-bytes", str(1 << 28), "--max-num-seqs", "4"]
-    # Two ranks on as many cores as there are: no binding.
-    env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_PLUGINS": "toptheta"}
+    env = {**ONE_THREAD, "VLLM_PLUGINS": "toptheta"}
     with Server(
         model, *small, *args, toptheta=options, log_path=folder / "server.log", env=env
     ) as server:

@@ -114,6 +114,34 @@ class TopThetaCPUMetadata:
     prompts: PromptRows | None = None
 
 
+class GroupEnds:
+    """Which slots of a step complete a token group: found once for all layers of a builder, because
+    a generated token completes one in 64 steps or so."""
+
+    def __init__(self, group_size: int) -> None:
+        self._group_size = group_size
+        self._slots: torch.Tensor | None = None
+        self._ends: torch.Tensor | None = None
+
+    def forget(self) -> None:
+        """Another step begins, which may pass the same tensor with other slots."""
+        self._slots = None
+
+    def of(self, slot_mapping: torch.Tensor) -> torch.Tensor | None:
+        """Those of the slots that end a group; None where none does.
+
+        Args:
+            slot_mapping: [num_tokens] int64, block * block_size + offset; negative entries are
+                padding.
+        """
+        if slot_mapping is not self._slots:
+            slots = slot_mapping.numpy()
+            ends = slots[(slots % self._group_size == self._group_size - 1) & (slots >= 0)]
+            self._ends = torch.from_numpy(ends) if len(ends) else None
+            self._slots = slot_mapping
+        return self._ends
+
+
 class TopThetaCPUMetadataBuilder(CPUAttentionMetadataBuilder):
     """Splits a batch into decode rows and the rest, and looks up the thresholds of the decode
     rows."""
@@ -139,8 +167,9 @@ class TopThetaCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         first_head = get_tensor_model_parallel_rank() * self.num_heads
         windows = [impl.window for impl in impls]
         self.dial = Dial(self.plan, layers, windows, first_head, self.num_heads)
+        self.group_ends = GroupEnds(layout.group_size) if self.plan.needs_means else None
         for slot, impl in enumerate(impls):
-            impl.bind(slot, layout, self.dial.weights[slot], means=self.plan.needs_means)
+            impl.bind(slot, layout, self.dial.weights[slot], self.group_ends)
         self._choose_stock_kernels()
         of_model = self.plan.identity
         self.first_replica = first_head % (of_model.num_heads // of_model.num_kv_heads) == 0
@@ -176,6 +205,8 @@ class TopThetaCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         fast_build: bool = False,
     ) -> TopThetaCPUMetadata:
         cam = common_attn_metadata
+        if self.group_ends is not None:
+            self.group_ends.forget()
         num_decodes, num_prefills, _, _ = split_decodes_and_prefills(
             cam, decode_threshold=1, treat_short_extends_as_decodes=False
         )
@@ -292,19 +323,21 @@ class TopThetaCPUImpl(CPUAttentionBackendImpl):
                 why_not_native,
             )
 
-    def bind(self, slot: int, layout: PageLayout, weights: torch.Tensor, *, means: bool) -> None:
+    def bind(
+        self, slot: int, layout: PageLayout, weights: torch.Tensor, group_ends: GroupEnds | None
+    ) -> None:
         """Tell the layer what it runs with; called once the cache layout is known.
 
         Args:
             slot: its place in the builder's tensors.
             layout: of its pages.
             weights: [num_heads, NUM_WEIGHTS] float32, of the compensation.
-            means: whether the kernels read V means.
+            group_ends: of its builder; None where no kernel reads V means.
         """
         self.slot = slot
         self.layout = layout
         self.weights = weights
-        self.means = means
+        self.group_ends = group_ends
 
     def _kv_only(self, kv_cache: torch.Tensor) -> torch.Tensor:
         """vLLM's own view of the cache: the pages without their side data."""
@@ -322,8 +355,10 @@ class TopThetaCPUImpl(CPUAttentionBackendImpl):
         slot_mapping: torch.Tensor,
     ) -> None:
         super().do_kv_cache_update(layer, key, value, self._kv_only(kv_cache), slot_mapping)
-        if self.means:
-            update_v_means(kv_cache, self.layout, slot_mapping, target=self.target)
+        if self.group_ends is not None:
+            ends = self.group_ends.of(slot_mapping)
+            if ends is not None:
+                update_v_means(kv_cache, self.layout, ends, target=self.target)
 
     def forward(
         self,
@@ -384,24 +419,25 @@ class TopThetaCPUImpl(CPUAttentionBackendImpl):
         if stock is not None and stock.rows is None:
             self._stock(layer, query, kv_cache, stock.metadata, out)
             return
+        log_min_prob, dense, num_kept, kept_mass, lifts = decode.of_layer[self.slot]
         decode_attention(
             query,
             kv_cache,
             self.layout,
             decode.block_table,
             decode.seq_lens if stock is None else stock.others,
-            decode.log_min_prob[self.slot],
+            log_min_prob,
             decode.min_mass,
             sm_scale=self.sm_scale,
-            dense=decode.dense[self.slot],
+            dense=dense,
             weights=self.weights,
             window=self.window,
             soft_cap=self.soft_cap,
             sinks=sinks,
             out=out,
-            num_kept=decode.num_kept[self.slot],
-            kept_mass=decode.kept_mass[self.slot],
-            lifts=decode.lifts[self.slot],
+            num_kept=num_kept,
+            kept_mass=kept_mass,
+            lifts=lifts,
             target=self.target,
         )
         if stock is not None:

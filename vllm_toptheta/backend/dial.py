@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm_toptheta.backend.plan import Plan
@@ -16,6 +18,7 @@ from vllm_toptheta.request_options import RequestOptions, Target
 from vllm_toptheta.telemetry.carrier import batch_request_ids
 from vllm_toptheta.telemetry.step_log import STEP_LOG
 
+Phase = Literal["decode", "prefill"]
 REASONS = ("dense_short", "dense_window", "dense_layer", "dense_off")
 
 _NO_WINDOW = 1 << 40
@@ -84,29 +87,86 @@ def single_rows_of_batch(cam: Any, rows: Tensor) -> Any:
 
 
 @dataclass
+class KindRows:
+    """What rows are to do in layers of every kind.
+
+    Layers of a kind have the same window and the same options of the operator; most models have one
+    or two. NumPy: on arrays this small, a call takes half of what it does in torch.
+
+    Attributes:
+        of_layer: [num_layers] int64, the kind of each layer of the builder.
+        visible: [num_kinds, num_rows] int64, keys a row may see.
+        target: [num_kinds, num_rows] int64, keys a row is to keep, all heads together, where k
+            rules; else 0.
+        reasons: {name in REASONS: [num_kinds, num_rows] bool}; at most one holds.
+        dense: [num_kinds, num_rows] bool, whether one does: rows that run without pruning.
+    """
+
+    of_layer: NDArray[np.int64]
+    visible: NDArray[np.int64]
+    target: NDArray[np.int64]
+    reasons: dict[str, NDArray[np.bool_]]
+    dense: NDArray[np.bool_]
+
+    def by_layer(self, values: NDArray[Any]) -> Tensor:
+        """[num_layers, num_rows] of values that differ between kinds; a copy."""
+        return torch.from_numpy(values[self.of_layer])
+
+
+@dataclass
 class RowPlan:
     """What rows are to do in every layer of one builder. The tensors are the caller's own.
 
     Attributes:
-        visible: [num_layers, num_rows] int64, keys a row may see.
+        kinds: what layers of a kind have in common; properties give the same by layer.
         log_min_prob: [num_layers, num_rows, num_kv_heads] float32, natural logarithm of the
             attention probability below which a key is dropped.
         min_mass: [num_rows] float32, share of a row's attention that is kept at least.
-        target: [num_layers, num_rows] int64, keys a row is to keep, all heads together, where k
-            rules; else 0.
-        reasons: {name in REASONS: [num_layers, num_rows] bool}; at most one holds.
     """
 
-    visible: Tensor
+    kinds: KindRows
     log_min_prob: Tensor
     min_mass: Tensor
-    target: Tensor
-    reasons: dict[str, Tensor]
+
+    @property
+    def visible(self) -> Tensor:
+        """[num_layers, num_rows] int64, see `KindRows`."""
+        return self.kinds.by_layer(self.kinds.visible)
+
+    @property
+    def target(self) -> Tensor:
+        """[num_layers, num_rows] int64, see `KindRows`."""
+        return self.kinds.by_layer(self.kinds.target)
+
+    @property
+    def reasons(self) -> dict[str, Tensor]:
+        """{name in REASONS: [num_layers, num_rows] bool}, see `KindRows`."""
+        return {name: self.kinds.by_layer(value) for name, value in self.kinds.reasons.items()}
 
     @property
     def dense(self) -> Tensor:
         """[num_layers, num_rows] bool, rows that run without pruning."""
-        return torch.stack(list(self.reasons.values())).any(0)
+        return self.kinds.by_layer(self.kinds.dense)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What the requests of a batch ask for; it lasts until other requests are in the batch.
+
+    Attributes:
+        off: [num_requests] bool, the request asked for no pruning.
+        keys: [num_requests] int64, what k means for a row, all heads together; 0 where no k rules.
+        min_mass: [num_requests] float32.
+        curves: [num_requests, num_knots] thresholds at the row lengths of the table; None where no
+            k rules in the batch.
+        log_min_prob: [num_layers, num_requests, num_kv_heads] thresholds, None where one does.
+    """
+
+    off: NDArray[np.bool_]
+    keys: NDArray[np.int64]
+    min_mass: Tensor
+    curves: Tensor | None
+    log_min_prob: Tensor | None
 
 
 class Dial:
@@ -139,23 +199,26 @@ class Dial:
         self.layers = slice(layers[0], layers[-1] + 1) if in_a_row else layers
         self.weights, self._offsets = plan.of_rank(layers, first_head, num_heads)
         self._plan, self._num_heads = plan, num_heads
-        # Lengths and thresholds of rows differ between windows, not between layers.
-        distinct = list(dict.fromkeys(windows))
-        self._windows = torch.tensor([[window or _NO_WINDOW] for window in distinct])
-        self._window_of = torch.tensor([distinct.index(window) for window in windows])
-        own = [plan.layer_log_min_prob(index) for index in layers]
-        self._has_own = torch.tensor([[value is not None] for value in own])
-        self._own = torch.tensor([[value or 0.0] for value in own])
-        dense = torch.tensor([[plan.layer_is_dense(index)] for index in layers])
-        never = self._windows[self._window_of] <= plan.config.min_kv_len
-        self._dense_layer, self._dense_window = dense, never & ~dense
+        kinds = [
+            (window or _NO_WINDOW, plan.layer_log_min_prob(index), plan.layer_is_dense(index))
+            for index, window in zip(layers, windows, strict=True)
+        ]
+        distinct = list(dict.fromkeys(kinds))
+        self._kind_of = np.array([distinct.index(kind) for kind in kinds])
+        self._windows = np.array([[window] for window, _, _ in distinct])
+        self._has_own = np.array([[own is not None] for _, own, _ in distinct])
+        self._own = torch.tensor([[own or 0.0] for _, own, _ in distinct])
+        self._dense_layer = np.array([[dense] for _, _, dense in distinct])
+        never = self._windows <= plan.config.min_kv_len
+        self._dense_window = never & ~self._dense_layer
         self._curve_at_k = functools.lru_cache(_MAX_CURVES)(self._curve_of)
+        self._last: dict[Phase, tuple[int, dict[int, RequestOptions], _Settings]] = {}
 
     def plan(
         self,
         seq_lens: Tensor,
         options: Mapping[int, RequestOptions],
-        phase: Literal["decode", "prefill"] = "decode",
+        phase: Phase = "decode",
         query_lens: Tensor | None = None,
     ) -> RowPlan:
         """Look up what the rows of a batch are to do.
@@ -166,49 +229,82 @@ class Dial:
             phase: which of the server's targets holds where a request does not say.
             query_lens: [num_requests] int64, rows of each request; None for one each.
         """
-        server: Target | None = getattr(self._plan.targets, phase)
-        num_requests = len(seq_lens if query_lens is None else query_lens)
-        asked = {i: one for i, one in options.items() if i < num_requests}
-        visible = torch.minimum(seq_lens.to(torch.int64), self._windows)
-        off = torch.zeros(len(seq_lens), dtype=torch.bool)
-        which = torch.zeros(len(seq_lens), dtype=torch.int64)
-        targets = [server or Target(1.0)]
-        if asked and server is not None:
-            of_request = [
-                server if i not in asked else server.of(asked[i]) for i in range(num_requests)
-            ]
-            targets = list(dict.fromkeys(of_request))
-            number = {target: i for i, target in enumerate(targets)}
-            which = torch.tensor([number[target] for target in of_request])
-            off = torch.tensor([i in asked and asked[i].off for i in range(num_requests)])
-            if query_lens is not None:
-                which, off = (x.repeat_interleave(query_lens) for x in (which, off))
-        log_min_prob = self._log_min_prob(targets, which, visible)[self._window_of]
-        log_min_prob = torch.where(self._has_own, self._own, log_min_prob)
-        visible = visible[self._window_of]
-        target = self._keys_meant(targets, which, visible)
-        return RowPlan(
-            visible=visible,
-            log_min_prob=log_min_prob[..., None] + self._offsets[:, None],
-            min_mass=torch.tensor([target.min_mass for target in targets])[which],
-            target=target,
-            reasons=self._reasons(visible, off, excluded=server is None),
+        settings = self._settings(
+            options, len(seq_lens if query_lens is None else query_lens), phase
         )
+        off, keys, min_mass = settings.off, settings.keys, settings.min_mass
+        visible = np.minimum(seq_lens.numpy().astype(np.int64), self._windows)
+        if settings.log_min_prob is not None:
+            log_min_prob = settings.log_min_prob
+        else:
+            assert self._plan.table is not None
+            assert settings.curves is not None
+            curves = settings.curves
+            if query_lens is not None:
+                curves = curves.repeat_interleave(query_lens, 0)
+            found = self._plan.table.lookup(curves, torch.from_numpy(visible).T).T
+            log_min_prob = self._by_head(found)
+        if query_lens is not None:
+            rows = query_lens.numpy()
+            off, keys = off.repeat(rows), keys.repeat(rows)
+            min_mass = min_mass.repeat_interleave(query_lens)
+            if settings.log_min_prob is not None:
+                log_min_prob = log_min_prob.repeat_interleave(query_lens, 1)
+        reasons = self._reasons(visible, off, excluded=self._server(phase) is None)
+        kinds = KindRows(
+            of_layer=self._kind_of,
+            visible=visible,
+            target=np.minimum(keys, visible * self._num_heads) * ~self._has_own,
+            reasons=reasons,
+            dense=np.logical_or.reduce(list(reasons.values())),
+        )
+        # What the settings hold is not the caller's own.
+        if query_lens is None:
+            min_mass = min_mass.clone()
+            if settings.log_min_prob is not None:
+                log_min_prob = log_min_prob.clone()
+        return RowPlan(kinds, log_min_prob, min_mass)
 
-    def _log_min_prob(self, targets: list[Target], which: Tensor, visible: Tensor) -> Tensor:
-        """[num_windows, num_rows] thresholds, without what differs between layers.
+    def _server(self, phase: Phase) -> Target | None:
+        """What rows run with where their request does not say."""
+        return self._plan.targets.decode if phase == "decode" else self._plan.targets.prefill
 
-        Args:
-            targets: distinct ones.
-            which: [num_rows] int64, the target of each row.
-            visible: [num_windows, num_rows] int64.
-        """
-        table = self._plan.table
-        if table is None or all(target.k is None for target in targets):
-            constants = torch.tensor([math.log(target.min_prob or 1.0) for target in targets])
-            return constants[which].expand(visible.shape)
-        curves = torch.stack([self._curve_at_k(target) for target in targets])
-        return table.lookup(curves[which], visible.T).T
+    def _settings(
+        self, options: Mapping[int, RequestOptions], num_requests: int, phase: Phase
+    ) -> _Settings:
+        """What the requests of a batch ask for; what was found last, where they are the same."""
+        asked = {i: one for i, one in options.items() if i < num_requests}
+        if (last := self._last.get(phase)) is not None and last[:2] == (num_requests, asked):
+            return last[2]
+        server = self._server(phase)
+        off = np.zeros(num_requests, dtype=bool)
+        targets = [server or Target(1.0)] * num_requests
+        if server is not None:
+            for i, one in asked.items():
+                targets[i], off[i] = server.of(one), one.off
+        curves = log_min_prob = None
+        if any(target.k is not None for target in targets):
+            curves = torch.stack([self._curve_at_k(target) for target in targets])
+        else:
+            logs = [math.log(target.min_prob or 1.0) for target in targets]
+            log_min_prob = self._by_head(torch.tensor(logs).expand(len(self._windows), -1))
+        settings = _Settings(
+            off=off,
+            keys=np.array([round((target.k or 0.0) * self._num_heads) for target in targets]),
+            min_mass=torch.tensor([target.min_mass for target in targets]),
+            curves=curves,
+            log_min_prob=log_min_prob,
+        )
+        self._last[phase] = num_requests, asked, settings
+        return settings
+
+    def _by_head(self, log_min_prob: Tensor) -> Tensor:
+        """[num_layers, num_rows, num_kv_heads] thresholds, of those of [num_kinds, num_rows] that
+        the requests' targets mean."""
+        if self._has_own.any():
+            log_min_prob = torch.where(torch.from_numpy(self._has_own), self._own, log_min_prob)
+        by_layer = log_min_prob[torch.from_numpy(self._kind_of)]
+        return by_layer[..., None] + self._offsets[:, None]
 
     def _curve_of(self, target: Target) -> Tensor:
         """[num_knots] thresholds at the row lengths of the table."""
@@ -218,20 +314,17 @@ class Dial:
             return table.curve_at_k(target.k)
         return torch.full_like(table.lengths, math.log(target.min_prob or 1.0))
 
-    def _keys_meant(self, targets: list[Target], which: Tensor, visible: Tensor) -> Tensor:
-        """[num_layers, num_rows] int64, see `RowPlan.target`."""
-        keys = torch.tensor([round((target.k or 0.0) * self._num_heads) for target in targets])
-        return torch.minimum(keys[which], visible * self._num_heads) * ~self._has_own
-
-    def _reasons(self, visible: Tensor, off: Tensor, *, excluded: bool) -> dict[str, Tensor]:
+    def _reasons(
+        self, visible: NDArray[np.int64], off: NDArray[np.bool_], *, excluded: bool
+    ) -> dict[str, NDArray[np.bool_]]:
         """Why rows run dense.
 
         Args:
-            visible: [num_layers, num_rows] int64.
-            off: [num_rows] bool, the request asked for it.
+            visible: [num_kinds, num_rows].
+            off: [num_rows], the request asked for it.
             excluded: an option excludes all of these rows.
         """
-        nothing = torch.zeros_like(visible, dtype=torch.bool)
+        nothing = np.zeros_like(visible, dtype=bool)
         if excluded:
             return {name: nothing | (name == "dense_layer") for name in REASONS}
         on = ~off

@@ -13,14 +13,11 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_toptheta.backend.unsupported import check_engine
 from vllm_toptheta.config import TopThetaConfig
-from vllm_toptheta.kernels.layout import RENORMALISE, UNCALIBRATED_WEIGHTS
+from vllm_toptheta.kernels.layout import RENORMALISE, UNCALIBRATED_MIN_MASS, UNCALIBRATED_WEIGHTS
 from vllm_toptheta.model_identity import ModelIdentity
 from vllm_toptheta.request_options import RequestPolicy, Target, Targets
 from vllm_toptheta.threshold_store import FoundTable, ThresholdStore
 from vllm_toptheta.thresholds import ThresholdTable
-
-_UNCALIBRATED_MIN_MASS = 0.5
-"""The floor where weights and thresholds were not fitted to the model."""
 
 
 class RankWeights(NamedTuple):
@@ -135,7 +132,7 @@ class Plan:
         config = self.config
         floor = config.min_mass
         if floor is None:
-            floor = _UNCALIBRATED_MIN_MASS if self.table is None else 0.0
+            floor = UNCALIBRATED_MIN_MASS if self.table is None else 0.0
         decode = Target(config.min_prob if config.k is None else None, floor, config.k)
         prefill = replace(decode, min_mass=0.0)
         if config.prefill_min_prob is not None:

@@ -1,5 +1,7 @@
 """Calls of the CPU decode kernel on random cases, and which keys it added."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import fields, replace
 
 import pytest
@@ -61,6 +63,17 @@ def decode(
         arguments = {field.name: getattr(call, field.name) for field in fields(call)}
         ops.decode_attention(**arguments, target=target)
     return result
+
+
+@contextlib.contextmanager
+def torch_threads(number: int) -> Iterator[None]:
+    """What kernels take where they are not told; tests have one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def check(case: Case, result: Result) -> None:

@@ -5,6 +5,7 @@ Thresholds lie on keys, so that the last bit of a score or of the running denomi
 
 import pytest
 import torch
+from decode_calls import torch_threads
 from prompt_cases import (
     Prompts,
     assert_same,
@@ -53,6 +54,8 @@ def test_chunks_and_threads_do_not_matter(
         assert_same(prompts.run_in_chunks(chunk), base)
     for num_threads in (2, 3):
         assert torch.equal(prompts.run(num_threads=num_threads).out, base.out)
+    with torch_threads(2):
+        assert torch.equal(prompts.run().out, base.out)
 
 
 LENS, QUERY_LENS = (1700, 150, 1, 700), (1700, 40, 1, 3)

@@ -156,11 +156,12 @@ class Engine:
 
 
 def launch() -> list[Recorder]:
-    """Steps of every number of rows, alone and with one to three prompts of various lengths."""
+    """Steps of all kinds of numbers of rows, alone and with one to three prompts of various
+    lengths: Triton tells 1, multiples of 16, and others apart."""
     engine = Engine()
     kernels = decode_launches.KERNELS + prefill_launches.KERNELS + step_launches.KERNELS
     with recorded(*kernels) as recorders:
-        for num_rows in range(MAX_ROWS):
+        for num_rows in (0, 1, 2, 3, 7, 8, 15, 16, 17, 24, 31, 32, 33, MAX_ROWS - 1):
             if num_rows:
                 engine.step(num_rows, 0, 0)
             for num_prompts in (1, 2, 3):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from decode_runs import new_means
 from prefill_runs import new_pages, rows_of, run, run_chunks, spoil
 from triton_interpreter import needs_interpreter
 
@@ -218,7 +219,7 @@ def test_wrong_arguments_are_refused(changes: dict[str, Any], message: str) -> N
     from vllm_toptheta.kernels.triton.prefill import prefill_attention
 
     case = make_case(spec(lens=(63, 90), query_lens=(12, 21)))
-    kv_cache, means = new_pages(case)
+    kv_cache, means = case.gpu_pages(), new_means(case)
     key, value = kv_cache.split(64, dim=-1)
     result = Result.empty(case.spec)
     arguments: dict[str, Any] = {
