@@ -27,7 +27,7 @@ from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec, init_attn_backend
 from vllm.v1.worker.utils import AttentionGroup
 
 import vllm_toptheta
-from vllm_toptheta.backend import gpu, gpu_tensors, step
+from vllm_toptheta.backend import gpu, gpu_tensors, step, unsupported
 from vllm_toptheta.backend.gpu import (
     TopThetaGPUBackend,
     TopThetaGPUImpl,
@@ -145,6 +145,7 @@ def make_groups(
     monkeypatch: pytest.MonkeyPatch, config: VllmConfig, num_blocks: int = 4
 ) -> tuple[list[AttentionGroup], KVCacheConfig]:
     """vLLM's groups of the layers that were made, with their metadata builders."""
+    monkeypatch.setattr(unsupported, "current_platform", SimpleNamespace(is_cpu=lambda: False))
     monkeypatch.setattr(gpu, "install_on_worker", lambda *args, **kwargs: None)
     monkeypatch.setattr(gpu_tensors, "get_tensor_model_parallel_rank", lambda: 0)
     monkeypatch.setattr(step, "get_tp_group", lambda: SimpleNamespace(world_size=1))
