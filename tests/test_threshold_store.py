@@ -292,7 +292,7 @@ def test_shipped_tables(path: Path) -> None:
     identity = table.metadata.identity
     assert path.parent.name == folder_name(identity.name)
     assert path.stat().st_size < 1 << 20
-    assert table.metadata.command.startswith(f"toptheta calibrate {identity.name} --tokens ")
+    assert table.metadata.command.startswith(f"toptheta calibrate {identity.name} --")
     assert ThresholdStore(user_dir=path.parent / "none").find("auto", identity).table.num_layers
 
 

@@ -282,10 +282,11 @@ def test_without_a_known_key_nobody_is_let_in(
     monkeypatch.setattr(served_module, "_served", {"x": served})
     assert not is_authorised({"headers": []})
     assert not is_authorised({"headers": [(b"authorization", b"Bearer secret")]})
-    monkeypatch.setattr(served_module, "_server_args", [])
-    served_module.set_server_args(Namespace(api_key=["secret"]))
-    assert not is_authorised({"headers": []})
-    assert is_authorised({"headers": [(b"authorization", b"Bearer secret")]})
+    # Further API servers know their command line from vLLM's application alone.
+    server = SimpleNamespace(state=SimpleNamespace(args=Namespace(api_key=["secret"])))
+    assert not is_authorised({"app": server, "headers": []})
+    shown = [(b"authorization", b"Bearer secret")]
+    assert is_authorised({"app": server, "headers": shown})
 
 
 @pytest.mark.parametrize(

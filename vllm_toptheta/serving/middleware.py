@@ -15,7 +15,7 @@ from typing import Any
 from vllm_toptheta.request_options import PREFIX
 from vllm_toptheta.serving.endpoints import OPEN, PLACES, SHOWING, may_name_options, problem_of
 from vllm_toptheta.serving.responses import ResponseWriter
-from vllm_toptheta.serving.served import get_served, is_authorised
+from vllm_toptheta.serving.served import get_served, is_authorised, server_args
 from vllm_toptheta.serving.sinks import get_sinks
 from vllm_toptheta.telemetry.delivery import CURRENT, Collector
 from vllm_toptheta.telemetry.shield import shielded
@@ -63,7 +63,7 @@ class TopThetaMiddleware:
         if read.named and (problem := problem_of(path, read.named, served.policy)) is not None:
             await _answer(send, 400, b"application/json", _error(path, problem))
             return
-        usage_chunk = read.usage or getattr(served.args, "enable_force_include_usage", False)
+        usage_chunk = read.usage or getattr(server_args(scope), "enable_force_include_usage", False)
         del read  # the body is vLLM's from here on, and may be large
         if not served.config.telemetry or path not in SHOWING:
             await self.app(scope, replay, send)

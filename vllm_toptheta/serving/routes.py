@@ -20,7 +20,7 @@ from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.responses import HTMLResponse, JSONResponse
 
 from vllm_toptheta.model_identity import ModelIdentity
-from vllm_toptheta.serving.served import Served, get_served, is_authorised, set_server_args
+from vllm_toptheta.serving.served import Served, get_served, is_authorised
 from vllm_toptheta.serving.sinks import get_sinks
 from vllm_toptheta.telemetry.counters import by_name, summarise
 
@@ -68,8 +68,7 @@ class TopThetaEndpoints:
             return JSONResponse(thresholds_of(get_served()))
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        """Remember the way to the workers, and the server's keys."""
-        set_server_args(args)
+        """Remember the way to the workers."""
         self._heads.client = engine_client
 
     async def _stats(self) -> dict[str, Any]:

@@ -39,7 +39,6 @@ class Served:
 
 
 _served: dict[str, Served] = {}
-_server_args: list[Namespace] = []
 
 
 def set_served(served: Served, instance_id: str) -> None:
@@ -63,10 +62,15 @@ def get_served() -> Served:
     return next(reversed(_served.values()))
 
 
-def set_server_args(args: Namespace) -> None:
-    """Remember the command line of the HTTP server, as vLLM hands it to endpoint plug-ins. Engines
-    may be configured without one."""
-    _server_args[:] = [args]
+def server_args(scope: Any) -> Any:
+    """The command line of the HTTP server; None where nobody knows it. vLLM keeps it in its
+    application: further API servers configure their engines without one.
+
+    Args:
+        scope: ASGI scope of a request.
+    """
+    state = getattr(scope.get("app"), "state", None)
+    return getattr(state, "args", None) or get_served().args
 
 
 def policy_of(instance_id: str) -> RequestPolicy | None:
@@ -83,7 +87,7 @@ def is_authorised(scope: Any) -> bool:
     Args:
         scope: ASGI scope of the request.
     """
-    args = _server_args[0] if _server_args else get_served().args
+    args = server_args(scope)
     if args is None or not hasattr(args, "api_key"):
         return False
     keys = [key for key in args.api_key or [os.environ.get("VLLM_API_KEY")] if key]
