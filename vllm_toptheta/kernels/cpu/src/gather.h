@@ -174,7 +174,12 @@ class Gather {
     const int size = g.group_size;
     const bool full = !row.reads_means && row.mask[i] == ~uint64_t{0} >> (64 - size);
     float* p = row.p_of_group(i);
-    if (!full) size == 64 ? weigh<64>(i, p) : size == 32 ? weigh<32>(i, p) : weigh<16>(i, p);
+    if (full) {  // its exponentials are weights as they are, but they have left the nearer caches
+      for (int h = 0; h < g.G; h++)
+        for (int t = 0; t < size; t += 16) prefetch(reinterpret_cast<const char*>(p + static_cast<size_t>(h) * g.B + t));
+    } else {
+      size == 64 ? weigh<64>(i, p) : size == 32 ? weigh<32>(i, p) : weigh<16>(i, p);
+    }
     if (chunks[filling].n) flip();
     for (int r = 0; r < size; r += limit) {
       Chunk& c = chunks[filling];
