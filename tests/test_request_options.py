@@ -1,6 +1,7 @@
 """Options of one request: what is accepted, what every wrong one is told, and the cache salts."""
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -109,6 +110,13 @@ def test_off_may_be_forbidden() -> None:
     policy = policy_of(SERVER, None, allow_off=False)
     with pytest.raises(ValueError, match="does not allow.*min_prob between 1e-05 and 0.1"):
         policy.check({"toptheta": "off"})
+
+
+def test_counts_layer_by_layer_may_be_forbidden() -> None:
+    policy = replace(POLICY, allow_layers=False)
+    with pytest.raises(ValueError, match="drop toptheta_layers"):
+        policy.check({"toptheta_layers": True})
+    assert not policy.check({"toptheta_layers": False}).layers
 
 
 @pytest.mark.parametrize(

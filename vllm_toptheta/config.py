@@ -72,6 +72,7 @@ class TopThetaConfig(BaseModel):
         min_k: smallest k a request may ask for; None allows the table's smallest.
         max_k: largest k a request may ask for; None allows the table's largest.
         allow_off: whether a request may switch pruning off for itself.
+        allow_layers: whether a request may have its counts layer by layer.
         telemetry: count what is pruned, and show it in responses and metrics.
     """
 
@@ -91,6 +92,7 @@ class TopThetaConfig(BaseModel):
     min_k: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     max_k: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     allow_off: bool = True
+    allow_layers: bool = True
     telemetry: bool = True
 
     @field_validator("layers", mode="before")

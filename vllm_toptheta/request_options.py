@@ -202,11 +202,13 @@ class RequestPolicy:
         ranges: smallest and largest number of a request, for "min_prob", "min_mass" and, where
             there is a table, "k".
         allow_off: whether a request may run without pruning.
+        allow_layers: whether it may have its counts layer by layer.
     """
 
     server: Targets
     ranges: Mapping[str, tuple[float, float]]
     allow_off: bool
+    allow_layers: bool = True
 
     def check(self, xargs: object) -> RequestOptions:
         """Parse a request's options and hold them against the policy.
@@ -223,6 +225,11 @@ class RequestPolicy:
             raise ValueError(
                 'this server does not allow "toptheta": "off" (its option allow_off is false); '
                 f"send toptheta_min_prob between {low:g} and {high:g} instead"
+            )
+        if options.layers and not self.allow_layers:
+            raise ValueError(
+                "this server does not show counts by layer (its option allow_layers is false): "
+                "drop toptheta_layers"
             )
         for name in options.asked:
             without = options.model_copy(update={name: None})

@@ -124,7 +124,7 @@ class Plan:
                     f"toptheta: option 'min_k' = {ranges['k'][0]:g} is above 'max_k' = "
                     f"{ranges['k'][1]:g}; the table has k from {lowest:g} to {highest:g}"
                 )
-        return RequestPolicy(self.targets, ranges, config.allow_off)
+        return RequestPolicy(self.targets, ranges, config.allow_off, config.allow_layers)
 
     @cached_property
     def targets(self) -> Targets:
