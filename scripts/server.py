@@ -40,6 +40,7 @@ class Server:
     Attributes:
         url: base URL of the OpenAI-compatible API, ending in /v1.
         log_path: file that takes the server's output.
+        pid: of the first process.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Server:
             env={**os.environ, **(env or {})},
             start_new_session=True,  # one process group to pause and stop as a whole
         )
+        self.pid = self._process.pid
 
     def wait_ready(self, timeout: float = 600) -> "Server":
         """Wait until the server answers.
