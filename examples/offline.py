@@ -16,9 +16,10 @@ def main() -> None:
         max_model_len=4096,
     )
     text = "The lighthouse keeper wrote down every ship that passed. " * 60
-    prompts = [f"{text}\nHow many lines did he write?", f"{text}\nWhat did he write down?"]
+    questions = [f"{text}\nWho wrote?", f"{text}\nWhat did he write down?"]
+    chats = [[{"role": "user", "content": question}] for question in questions]
     sampling = SamplingParams(max_tokens=32, temperature=0, extra_args={"toptheta_min_prob": 0.002})
-    for answer in llm.generate(prompts, sampling):
+    for answer in llm.chat(chats, sampling):
         cost = answer.kv_transfer_params["toptheta"]  # where vLLM lets a plug-in add to an output
         print(answer.outputs[0].text.strip())
         print(f"  {cost['v_rows_read']} of {cost['v_rows_scored']} V rows read")
