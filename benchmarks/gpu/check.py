@@ -126,6 +126,17 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def about_run(machine: Machine, vllm: VllmTriton | None, module: str) -> dict[str, str]:
+    """What a report says of the machine, the versions and the command."""
+    return {
+        "device": machine.name,
+        "torch": f"torch {torch.__version__}",
+        "triton": f"triton {triton.__version__}",
+        "rival": vllm.origin if vllm else "without vLLM's Triton kernel",
+        "command": " ".join([f"python -m {module}", *sys.argv[1:]]),
+    }
+
+
 def main() -> int:
     options = parse()
     try:
@@ -134,13 +145,7 @@ def main() -> int:
     except (RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
-    about = {
-        "device": machine.name,
-        "torch": f"torch {torch.__version__}",
-        "triton": f"triton {triton.__version__}",
-        "rival": vllm.origin if vllm else "without vLLM's Triton kernel",
-        "command": " ".join(["python -m benchmarks.gpu.check", *sys.argv[1:]]),
-    }
+    about = about_run(machine, vllm, "benchmarks.gpu.check")
     report = Report(about, options.json)
     print("\n".join(about.values()), flush=True)
     jobs = options.jobs or (min(8, os.cpu_count() or 1) if machine.is_gpu else 1)

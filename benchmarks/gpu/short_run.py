@@ -13,7 +13,6 @@ everything runs on tiny shapes, and nothing is timed.
 """
 
 import argparse
-import dataclasses
 import os
 import shutil
 import subprocess
@@ -22,7 +21,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-import triton
 
 from benchmarks.gpu import bench, cases, check
 from benchmarks.gpu.lib import E4M3, Batch, Machine, Shape
@@ -108,7 +106,7 @@ def steps(
                     shape.describe(),
                     lambda s=shape: bench.bench(s, [min_prob], machine, vllm),
                 )
-        timed = dataclasses.replace(Shape((32768,) * 8)) if machine.is_gpu else bench.TINY
+        timed = Shape((32768,) * 8) if machine.is_gpu else bench.TINY
         yield "launch parameters", lambda: bench.bench_launches(timed, min_prob, machine)
 
 
@@ -130,14 +128,8 @@ def main() -> int:
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 2
-    about = {
-        "device": machine.name,
-        "torch": f"torch {torch.__version__}",
-        "triton": f"triton {triton.__version__}",
-        "rival": vllm.origin if vllm else "without vLLM's Triton kernel",
-        "command": " ".join(["python -m benchmarks.gpu.short_run", *sys.argv[1:]]),
-        "cache": os.environ.get("TRITON_CACHE_DIR", "Triton's default cache"),
-    }
+    about = check.about_run(machine, vllm, "benchmarks.gpu.short_run")
+    about["cache"] = os.environ.get("TRITON_CACHE_DIR", "Triton's default cache")
     report = Report(about, options.json)
     print("\n".join(about.values()), flush=True)
     min_prob = options.min_prob if machine.is_gpu else bench.TINY_MIN_PROB

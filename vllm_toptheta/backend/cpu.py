@@ -460,7 +460,7 @@ class TopThetaCPUImpl(CPUAttentionBackendImpl):
 def stock_decodes_are_faster(packing: Packing) -> bool:
     """Whether CPU_ATTN runs decode rows that are not pruned faster than our kernel.
 
-    It does where it uses AMX; elsewhere ours is faster (README has both figures).
+    It does where it uses AMX; elsewhere ours is faster (docs/measured.md).
 
     Args:
         packing: of the pages.

@@ -186,16 +186,10 @@ class Gather {
       c.run = row.v_row(block, in_block * size + r);
       c.weights = {p + r, full ? row.scale + i : &kOne, g.B, full ? row.stride : 0};
       c.n = std::min(limit, size - r);
-      c.ahead = row.dense ? further(block, static_cast<size_t>(in_block * size + r) * g.D * sizeof(T)) : nullptr;
+      const size_t at = static_cast<size_t>(in_block * size + r) * g.D * sizeof(T);
+      c.ahead = row.dense ? row.ahead(block, at, row.num_blocks - 1, true) : nullptr;
       flip();
     }
-  }
-
-  // V of a dense row behind a byte of a block's V, as far ahead as the scan is.
-  const char* further(int block, size_t byte) const {
-    const size_t size = static_cast<size_t>(g.D) * g.B * sizeof(T);
-    for (byte += (g.wide ? 3 : 1) * kChunkBytes; byte >= size; byte -= size) block++;
-    return bytes(row.v_row(std::min(block, row.num_blocks - 1), 0)) + byte;
   }
 
   // Exponentials of a group to weights.

@@ -177,6 +177,16 @@ struct Row {
     return page(block) + static_cast<size_t>(2 * geometry.B + i) * geometry.D;
   }
 
+  // K, or V, behind a byte of a block's, as far ahead as it is worth to prefetch what is read in that
+  // order; blocks behind `last` count as it. AVX-512 needs it from further on, because it is done with a chunk before the
+  // next one can arrive.
+  const char* ahead(int block, size_t byte, int last, bool values) const {
+    const Geometry<T>& g = geometry;
+    const size_t size = static_cast<size_t>(g.D) * g.B * sizeof(T);
+    for (byte += (g.wide ? 3 : 1) * kChunkBytes; byte >= size; byte -= size) block++;
+    return reinterpret_cast<const char*>(page(std::min(block, last))) + (values ? size : 0) + byte;
+  }
+
   float* p_of(int block, int head) const { return p + (static_cast<size_t>(block) * geometry.G + head) * geometry.B; }
   // The first head's part of a group; others are B further on each.
   float* p_of_group(int group) const {

@@ -56,13 +56,8 @@ class Scan {
 
   static int padded_groups(const Geometry<T>& g) { return (g.G * g.groups_per_block + 7) & ~7; }
 
-  // What to prefetch while a byte of a block's K is read: K of this block or of those behind it. AVX-512 needs it from
-  // further on, because it is done with a chunk before the next one can arrive.
-  LineStream ahead(int block, size_t byte) const {
-    const size_t size = static_cast<size_t>(g.D) * g.B * sizeof(T);
-    for (byte += (g.wide ? 3 : 1) * kChunkBytes; byte >= size; byte -= size) block++;
-    return {reinterpret_cast<const char*>(row.page(std::min(block, last_block))) + byte, g.near};
-  }
+  // What to prefetch while a byte of a block's K is read.
+  LineStream ahead(int block, size_t byte) const { return {row.ahead(block, byte, last_block, false), g.near}; }
 
   // Scores of all heads with the visible keys of a page. K is cut into chunks that stay in L1 while all heads use
   // them; the first tile of heads prefetches.
