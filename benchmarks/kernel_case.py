@@ -5,14 +5,16 @@ and what float64 says about some of their rows, out.
 import argparse
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vllm_toptheta.kernels import ops, reference
+from vllm_toptheta.kernels.decode import DecodeLayer, DecodeRows
 from vllm_toptheta.kernels.layout import (
     PROMPT_WEIGHTS,
     UNCALIBRATED_WEIGHTS,
@@ -20,6 +22,7 @@ from vllm_toptheta.kernels.layout import (
     Packing,
     PageLayout,
 )
+from vllm_toptheta.kernels.sketch import read_groups, sketched_scores
 
 try:
     import vllm
@@ -68,7 +71,8 @@ class Shape:
 
 @dataclass
 class Run:
-    """Something to time: a call, where its results are, and the threshold (None: no pruning)."""
+    """Something to time: a call, where its results are, the threshold (None: no pruning), and
+    whether it scans the sketch of K."""
 
     name: str
     min_prob: float | None
@@ -77,6 +81,7 @@ class Run:
     num_kept: Tensor | None = None
     v_tiles_read: Tensor | None = None
     kept_mass: Tensor | None = None
+    sketch: bool = False
 
 
 class Case:
@@ -116,12 +121,18 @@ class Case:
         position = torch.arange(kv_len)
         first = self.block_table[:, position // block_size].long() * block_size
         self.slots = (first + position % block_size).flatten()
-        pages = (self.num_blocks, num_kv_heads, block_size, self.layout.content_elements)
-        self.pages = torch.zeros(pages, dtype=query.dtype)
-        self.layout.write(self.pages, self.slots, key.flatten(0, 1), value.flatten(0, 1))
-        ops.update_v_means(self.pages, self.layout, self.slots, target="native")
+        self.pages = self._pages(self.layout)
+        self.sketched = replace(self.layout, sketch=query.dtype)
+        self.sketched_pages = self._pages(self.sketched) if decode else None
         count = min(CHECKED_ROWS, len(query))
         self.checked = torch.linspace(0, len(query) - 1, count).long().unique()
+
+    def _pages(self, layout: PageLayout) -> Tensor:
+        shape = (self.num_blocks, self.key.shape[2], layout.block_size, layout.content_elements)
+        pages = torch.zeros(shape, dtype=self.query.dtype)
+        layout.write(pages, self.slots, self.key.flatten(0, 1), self.value.flatten(0, 1))
+        ops.update_side_data(pages, layout, self.slots, target="native")
+        return pages
 
     def stock(self) -> Run | None:
         """vLLM's own kernel, on pages that it packs itself for the isa that it picks here."""
@@ -177,40 +188,56 @@ class Case:
 
         return Run(f"stock {isa}", None, call, out)
 
-    def ours(self, min_prob: float | None) -> Run:
-        """Our kernel; min_prob None for dense rows."""
+    def ours(self, min_prob: float | None, *, sketch: bool = False) -> Run:
+        """Our kernel; min_prob None for dense rows, sketch for decode rows that scan it."""
         (rows, num_heads, _), num_kv_heads = self.query.shape, self.key.shape[2]
-        name = "dense" if min_prob is None else "toptheta"
-        run = Run(name, min_prob, lambda: None, torch.zeros_like(self.query))
+        name = "sketch" if sketch else "dense" if min_prob is None else "toptheta"
+        run = Run(name, min_prob, lambda: None, torch.zeros_like(self.query), sketch=sketch)
         run.num_kept = torch.zeros(rows, num_kv_heads, dtype=torch.int32)
         run.kept_mass = torch.zeros(rows, num_heads)
-        arguments = {
-            "query": self.query,
-            "kv_cache": self.pages,
-            "layout": self.layout,
-            "block_table": self.block_table,
-            "seq_lens": self.seq_lens,
-            "log_min_prob": torch.full((rows, num_kv_heads), math.log(min_prob or 1)),
+        pages, layout = (
+            (self.sketched_pages, self.sketched) if sketch else (self.pages, self.layout)
+        )
+        log_min_prob = torch.full((rows, num_kv_heads), math.log(min_prob or 1))
+        dense = torch.full((rows,), min_prob is None)
+        how: dict[str, Any] = {
             "sm_scale": self.sm_scale,
-            "dense": torch.full((rows,), min_prob is None),
             "window": None,
             "soft_cap": None,
-            "sinks": None,
-            "out": run.out,
-            "num_kept": run.num_kept,
-            "kept_mass": run.kept_mass,
             "target": "native",
         }
         if self.decode:
-            arguments["min_mass"] = torch.full((rows,), self.min_mass)
-            arguments["weights"] = torch.tensor(UNCALIBRATED_WEIGHTS).repeat(num_heads, 1)
-            arguments["lifts"] = torch.zeros(rows, num_kv_heads, dtype=torch.int32)
-            run.call = lambda: ops.decode_attention(**arguments)
+            weights = torch.tensor(UNCALIBRATED_WEIGHTS).repeat(num_heads, 1)
+            layer = DecodeLayer(0, layout, weights, **how)
+            of_step = DecodeRows(
+                block_table=self.block_table,
+                seq_lens=self.seq_lens,
+                log_min_prob=log_min_prob[None],
+                min_mass=torch.full((rows,), self.min_mass),
+                dense=dense[None],
+                num_kept=run.num_kept[None],
+                kept_mass=run.kept_mass[None],
+                lifts=torch.zeros(1, rows, num_kv_heads, dtype=torch.int32),
+            )
+            run.call = lambda: layer.attend(of_step, self.query, pages, run.out)
         else:
-            run.v_tiles_read = torch.zeros(rows, num_kv_heads, dtype=torch.int32)
-            arguments["v_tiles_read"] = run.v_tiles_read
-            arguments["query_start_loc"] = self.query_start_loc
-            run.call = lambda: ops.prefill_attention(**arguments)
+            run.v_tiles_read = v_tiles_read = torch.zeros(rows, num_kv_heads, dtype=torch.int32)
+            run.call = lambda: ops.prefill_attention(
+                self.query,
+                pages,
+                layout,
+                self.block_table,
+                self.query_start_loc,
+                self.seq_lens,
+                log_min_prob,
+                dense=dense,
+                sinks=None,
+                out=run.out,
+                num_kept=run.num_kept,
+                kept_mass=run.kept_mass,
+                v_tiles_read=v_tiles_read,
+                **how,
+            )
         return run
 
     def error(self, run: Run) -> float:
@@ -225,7 +252,7 @@ class Case:
         run.call()
         worst, limit = 0.0, MAX_ERROR[self.query.dtype]
         for row in self.checked.tolist():
-            expected, num_kept, spread = self._expected(row, run.min_prob)
+            expected, num_kept, spread = self._expected(row, run)
             error = float((run.out[row].double() - expected).abs().max())
             if run.num_kept is not None:
                 found, wanted = run.num_kept[row].tolist(), num_kept.tolist()
@@ -238,18 +265,27 @@ class Case:
             raise ValueError(f"error {worst:.1e}, at most {limit:.0e} is rounding")
         return worst
 
-    def _expected(self, row: int, min_prob: float | None) -> tuple[Tensor, Tensor, float]:
+    def _expected(self, row: int, run: Run) -> tuple[Tensor, Tensor, float]:
         """Output [num_heads, head_dim], keys kept [num_kv_heads] and the largest V, in float64."""
         seq, length = row // self.query_len, int(self.row_lens[row])
         key, value = self.key[seq, :length].double(), self.value[seq, :length].double()
-        scores = reference.attention_scores(
-            self.query[row : row + 1].double(),
-            key,
-            torch.tensor([length]),
-            sm_scale=self.sm_scale,
-        )
+        query, row_lens = self.query[row : row + 1].double(), torch.tensor([length])
+        size, min_prob = self.layout.group_size, run.min_prob
+        if run.sketch and self.sketched_pages is not None:
+            pages = self.sketched_pages[self.block_table[seq].long()]
+            parts, bounds = read_groups(pages, self.sketched)
+            scores = sketched_scores(
+                query,
+                key,
+                parts.transpose(1, 2).flatten(0, 1)[:length],
+                bounds.transpose(1, 2).flatten(0, 1)[: length // size],
+                row_lens,
+                group_size=size,
+                sm_scale=self.sm_scale,
+            )
+        else:
+            scores = reference.attention_scores(query, key, row_lens, sm_scale=self.sm_scale)
         num_heads, num_kv_heads = len(scores), key.shape[1]
-        size = self.layout.group_size
         weights, floor, limit = PROMPT_WEIGHTS, 0.0, -math.inf
         if min_prob is not None:
             floor, limit = self.min_mass, math.log(min_prob)

@@ -58,6 +58,8 @@ def bench(name: str, case: Case, args: argparse.Namespace) -> list[dict[str, obj
     stock = case.stock()
     runs = [] if stock is None else [stock]
     runs += [case.ours(min_prob) for min_prob in (None, *args.min_prob)]
+    if case.decode:
+        runs += [case.ours(min_prob, sketch=True) for min_prob in args.min_prob]
     errors = []
     for run in runs:
         try:

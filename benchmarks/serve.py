@@ -32,7 +32,15 @@ STOCK = "vllm"
 def variants(args: argparse.Namespace) -> dict[str, dict[str, Any] | None]:
     """What to serve, by name: the options of toptheta, or None for stock vLLM."""
     chosen = pruning_options(args)
-    ours = {f"toptheta, phases {phases}": {**chosen, "phases": phases} for phases in args.phases}
+    ours = {
+        " ".join(("toptheta, phases", phases, *(map(str, more.values())))): {
+            **chosen,
+            "phases": phases,
+            **more,
+        }
+        for phases in args.phases
+        for more in ({"k_sketch": value} for value in args.k_sketch)
+    }
     return {STOCK: None, **ours}
 
 
@@ -42,6 +50,7 @@ def described(args: argparse.Namespace, name: str) -> dict[str, Any]:
     return {
         "impl": "toptheta" if options else STOCK,
         "phases": options.get("phases"),
+        "k_sketch": options.get("k_sketch"),
         "dtype": args.dtype,
     }
 
@@ -234,6 +243,13 @@ def main() -> None:
         help="one server of ours for each",
     )
     add_pruning_options(parser)
+    parser.add_argument(
+        "--k-sketch",
+        nargs="+",
+        type=json.loads,
+        default=["auto"],
+        help='values of the option, each a server: "auto", true, false (default: "auto")',
+    )
     parser.add_argument("--threads", default="0-1", help="VLLM_CPU_OMP_THREADS_BIND, all servers")
     parser.add_argument("--json", type=Path, help="write one JSON object a line")
     args = parser.parse_args()

@@ -78,21 +78,23 @@ class Stopwatch:
         from vllm_toptheta.telemetry import shield
 
         self.seconds = 0.0
-        self._shielded, self._depth = shield.shielded, 0
+        self._shielded, self._open = shield.shielded, False
         shield.shielded = self.timed  # before the modules that take it by name
 
+    def timed(self, place: str) -> contextlib.AbstractContextManager[None]:
+        """The shield, timed; one inside another counts, and is slowed down, only once."""
+        shield = self._shielded(place)
+        return shield if self._open else self._timed(shield)
+
     @contextlib.contextmanager
-    def timed(self, place: str) -> Iterator[None]:
-        """The shield, timed; one inside another counts once."""
-        start = time.perf_counter()
-        self._depth += 1
+    def _timed(self, shield: contextlib.AbstractContextManager[None]) -> Iterator[None]:
+        start, self._open = time.perf_counter(), True
         try:
-            with self._shielded(place):
+            with shield:
                 yield
         finally:
-            self._depth -= 1
-            if not self._depth:
-                self.seconds += time.perf_counter() - start
+            self._open = False
+            self.seconds += time.perf_counter() - start
 
 
 def account(args: argparse.Namespace, model: Path) -> list[dict[str, Any]]:

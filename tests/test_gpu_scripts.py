@@ -32,6 +32,15 @@ def test_without_a_gpu_the_script_says_so() -> None:
     assert "finds no GPU; with TRITON_INTERPRET=1" in done.stderr
 
 
+def test_cases_of_full_size_can_be_made() -> None:
+    """On a GPU they are random as here, and thresholds need gaps between probabilities."""
+    from benchmarks.gpu import cases
+    from vllm_toptheta.testing.cases import make_case
+
+    for spec in (*cases.DECODE, *cases.PROMPTS, cases.FLASH[-1], cases.DETERMINISM, cases.GRAPH):
+        make_case(spec)
+
+
 def shape(**changes: Any) -> Any:
     from benchmarks.gpu.bench import TINY
 
@@ -271,6 +280,19 @@ def test_prompts_and_floors_and_launch_parameters(
         assert records[0]["config"] != records[1]["config"]
 
 
+def test_clustered_keys_are_alike_in_runs_and_as_random_by_themselves(machine: Any) -> None:
+    from benchmarks.gpu.lib import CLUSTER, CLUSTERED, Batch
+
+    def keys(is_clustered: bool) -> torch.Tensor:
+        batch = Batch(shape(lens=(2048,), is_clustered=is_clustered), machine)
+        return batch.row(batch.layer.key, 0).double().unflatten(0, (-1, CLUSTER))
+
+    for is_clustered, share in ((False, 0.0), (True, CLUSTERED)):
+        runs = keys(is_clustered)
+        assert float(runs.var()) == pytest.approx(1, abs=0.05)
+        assert float((runs[:, 0] * runs[:, 1]).mean()) == pytest.approx(share, abs=0.05)
+
+
 def test_what_is_compared_on_a_gpu(machine: Any) -> None:
     from benchmarks.gpu import cases, check
 
@@ -282,9 +304,32 @@ def test_what_is_compared_on_a_gpu(machine: Any) -> None:
     assert {spec.cache_dtype for _, spec in without} == {None}
 
 
-@pytest.mark.parametrize("call", ["probe", "results", "table"])
+def test_flash_attention_is_compared_where_there_is_one(
+    machine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over the padded pages that serving hands it."""
+    import flash_reference
+
+    from benchmarks.gpu import cases, check
+
+    right = flash_reference.flash_attn_varlen_func
+    shares = {"right": 1.0, "wrong": 1.02}
+    for spec in [dataclasses.replace(cases.TINY_PROMPT, window=w) for w in (None, 20)]:
+        for name, share in shares.items():
+            attend = lambda share=share, **given: right(**given).mul_(share)  # noqa: E731
+            for module in (cases, check):
+                monkeypatch.setattr(module, "flash_attention", lambda attend=attend: (attend, 3))
+            record = cases.check_flash(spec, machine)
+            assert record["check"] == "FlashAttention 3"
+            assert record["ok"] == (name == "right"), record
+    gpu = dataclasses.replace(machine, device=torch.device("cuda"))
+    planned = check.planned(gpu, quick=True)
+    assert planned[-len(cases.FLASH) :] == [(cases.check_flash, spec) for spec in cases.FLASH]
+
+
+@pytest.mark.parametrize("call", ["probe", "results", "table", "decode"])
 def test_the_short_run_is_rehearsed(call: str, tmp_path: Path) -> None:
-    """Every step of its three calls but the numbers, as on a machine with torch and triton only."""
+    """Every step of its calls but the numbers, as on a machine with torch and triton only."""
     path = tmp_path / "records.json"
     done = run_bare(tmp_path, "benchmarks.gpu.short_run", call, "--json", path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
@@ -294,6 +339,7 @@ def test_the_short_run_is_rehearsed(call: str, tmp_path: Path) -> None:
     expected = {
         "probe": ["bandwidth", "bandwidth", "decode", "speed"],
         "results": ["decode", "prompts", "determinism"],
+        "decode": ["decode", "speed", "speed"],
         "table": ["speed", "dense speed", "mixed speed", "prompt speed"] * 2 + ["launch"] * 2,
     }
     assert checks == expected[call]

@@ -2,8 +2,10 @@
 vllm_toptheta` loads."""
 
 import ast
+import graphlib
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,34 +17,42 @@ STANDARD = set(sys.stdlib_module_names)
 
 # Longest matching prefix wins: (third-party packages, own modules).
 RULES: dict[str, tuple[set[str], set[str]]] = {
-    "__init__": (set(), {"backend.registration"}),
+    "__init__": (set(), {"registration"}),
     "cli": (
         set(),
         {"", "calibration", "config", "evaluation", "doctor", "thresholds", "threshold_store"},
     ),
     "config": ({"pydantic"}, set()),
-    "doctor": ({"vllm"}, {"", "backend.registration", "kernels.ops", "threshold_store"}),
+    "doctor": ({"torch", "vllm"}, {"", "registration", "kernels.ops", "threshold_store"}),
     "model_identity": ({"pydantic"}, set()),
     "thresholds": ({"torch", "safetensors", "pydantic"}, {"kernels.layout", "model_identity"}),
     "threshold_store": (set(), {"model_identity", "thresholds"}),
     "kernels": ({"torch"}, {"kernels"}),
+    "kernels.columns": (set(), set()),
     "kernels.layout": ({"torch"}, set()),
     "kernels.reference": ({"torch"}, {"kernels.layout"}),
     "kernels.cpu": ({"torch"}, {"kernels"}),
-    "kernels.triton": ({"torch", "triton"}, {"kernels.triton", "kernels.layout"}),
+    "kernels.triton": (
+        {"torch", "triton"},
+        {"kernels.columns", "kernels.layout", "kernels.triton"},
+    ),
     "testing": ({"torch"}, {"kernels"}),
     "calibration": (
-        {"torch", "transformers", "tqdm"},
-        {
-            "",
-            "calibration",
-            "config",
-            "kernels.layout",
-            "kernels.reference",
-            "model_identity",
-            "thresholds",
-            "threshold_store",
-        },
+        {"torch", "transformers"},
+        {"calibration", "kernels.layout", "kernels.reference", "thresholds"},
+    ),
+    "calibration.calibrate": (
+        {"torch", "tqdm", "vllm"},
+        {"", "calibration", "config", "thresholds"},
+    ),
+    "calibration.engine": (
+        {"pydantic", "torch", "vllm"},
+        {"backend.unsupported", "calibration.collect", "hooks.attention_backend", "model_identity"},
+    ),
+    "calibration.worker": ({"torch", "vllm"}, {"calibration"}),
+    "calibration.at_start": (
+        {"filelock", "vllm"},
+        {"calibration", "config", "model_identity", "threshold_store"},
     ),
     "evaluation": (
         {"torch", "transformers", "tqdm", "vllm"},
@@ -58,39 +68,52 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
             "threshold_store",
         },
     ),
-    "request_options": ({"pydantic"}, set()),
-    "telemetry": (set(), {"telemetry", "request_options"}),
-    "telemetry.carrier": ({"torch", "vllm"}, {"telemetry", "request_options"}),
-    "telemetry.delivery": ({"vllm"}, {"telemetry", "request_options"}),
+    "evaluation.tasks.local": (
+        {"torch", "transformers"},
+        {"calibration", "config", "evaluation", "kernels.layout"},
+    ),
+    "evaluation.tasks.command": (set(), {"config", "evaluation"}),
+    "evaluation.tasks": ({"httpx", "tqdm"}, {"evaluation.results", "evaluation.tasks"}),
+    "requests": ({"pydantic"}, set()),
+    "telemetry": (set(), {"kernels.columns", "requests", "telemetry"}),
+    "telemetry.totals": ({"torch"}, {"kernels.columns", "telemetry"}),
     "telemetry.prometheus": ({"prometheus_client"}, {"telemetry"}),
-    "telemetry.ledger": ({"numpy"}, {"telemetry"}),
+    "telemetry.ledger": ({"numpy"}, {"kernels.columns", "telemetry"}),
     "backend.gpu": (
         {"torch", "vllm"},
-        {"backend", "config", "kernels", "model_identity", "telemetry", "thresholds"},
+        {"backend", "config", "hooks", "kernels", "model_identity", "telemetry", "thresholds"},
     ),
+    "backend.gpu_layer": ({"torch", "vllm"}, {"backend", "kernels.triton"}),
     "backend.gpu_tensors": (
         {"torch", "vllm"},
-        {"backend", "kernels.layout", "kernels.triton", "request_options"},
+        {"backend", "kernels.columns", "kernels.layout", "kernels.triton", "requests"},
     ),
-    "backend.step": ({"torch", "vllm"}, {"backend", "kernels.triton", "telemetry"}),
+    "backend.step": ({"torch"}, {"backend", "kernels.columns", "kernels.triton"}),
     "backend": (
         {"numpy", "torch", "vllm"},
         {
             "backend",
             "config",
+            "hooks",
+            "kernels.columns",
+            "kernels.decode",
             "kernels.layout",
             "kernels.ops",
             "model_identity",
-            "request_options",
+            "requests",
             "telemetry",
             "thresholds",
             "threshold_store",
         },
     ),
-    "backend.registration": ({"vllm"}, {"backend", "config", "serving.install", "telemetry"}),
+    "registration": ({"vllm"}, {"backend", "calibration.at_start", "hooks", "serving.served"}),
+    "hooks": (
+        {"torch", "vllm"},
+        {"config", "hooks", "requests", "serving.served", "telemetry"},
+    ),
     "serving": (
-        {"fastapi", "numpy", "starlette", "vllm"},
-        {"config", "model_identity", "request_options", "serving", "telemetry", "thresholds"},
+        {"fastapi", "msgspec", "numpy", "starlette", "vllm"},
+        {"config", "model_identity", "requests", "serving", "telemetry", "thresholds"},
     ),
 }
 
@@ -106,6 +129,11 @@ def matches(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(prefix + ".")
 
 
+def is_module(name: str) -> bool:
+    path = PACKAGE.parent / name.replace(".", "/")
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+
+
 def imports(module: str) -> set[str]:
     path = PACKAGE / (module.replace(".", "/") + ".py")
     found: set[str] = set()
@@ -114,7 +142,9 @@ def imports(module: str) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module}: relative import"
-            found.add(node.module or "")
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            of_package = {name for name in names if is_module(name)}
+            found |= of_package or {node.module or ""}
     return found
 
 
@@ -134,9 +164,41 @@ def test_module_imports_only_what_its_place_allows(module: str) -> None:
             assert top in third_party, f"{module} imports {name}"
 
 
+def circle(group: Callable[[str], str]) -> list[str] | None:
+    """Groups of modules that import each other, in order; None where there are none."""
+    graph: dict[str, set[str]] = {}
+    for module in modules():
+        own = {name for name in imports(module) if matches(name, "vllm_toptheta")}
+        places = {name.partition(".")[2] or "__init__" for name in own}
+        this = group(module.removesuffix(".__init__"))
+        graph.setdefault(this, set()).update({group(place) for place in places} - {this})
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return [str(name) for name in error.args[1]]
+    return None
+
+
+def test_no_files_import_each_other() -> None:
+    assert circle(lambda module: module) is None
+
+
+def test_no_folders_import_each_other() -> None:
+    assert circle(lambda module: module.partition(".")[0]) is None
+
+
+def test_a_circle_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = imports
+    back = {"telemetry.shield": {"vllm_toptheta.hooks.scheduler"}}
+    monkeypatch.setitem(globals(), "imports", lambda module: real(module) | back.get(module, set()))
+    for group in (lambda module: module, lambda module: module.partition(".")[0]):
+        assert circle(group) is not None
+
+
 def test_no_optimised_kernel_imports_the_reference() -> None:
     for module in modules():
-        if module.startswith(("kernels.cpu.", "kernels.triton.")):
+        eager = module == "kernels.cpu.prefill"  # has the eager target of prompts, too
+        if module.startswith(("kernels.cpu.", "kernels.triton.")) and not eager:
             assert "vllm_toptheta.kernels.reference" not in imports(module), module
 
 

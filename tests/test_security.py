@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from threshold_fixtures import make_identity
 
-from vllm_toptheta.request_options import RequestOptions, RequestPolicy, Target, Targets
+from vllm_toptheta.requests import RequestOptions, RequestPolicy, Target, Targets
 from vllm_toptheta.threshold_store import ThresholdStore
 
 ROOT = Path(__file__).parent.parent

@@ -188,6 +188,22 @@ def test_user_folder_follows_the_environment(
     assert ThresholdStore().user_dir == tmp_path / "thresholds"
 
 
+def test_a_user_without_a_home_is_served_from_shipped_tables(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("TOPTHETA_HOME", raising=False)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("os.getuid", lambda: 4_000_000_000)  # nobody in passwd
+    identity = make_identity()
+    make_table(identity).save(tmp_path / "shipped" / "org--model" / "t.safetensors")
+    store = ThresholdStore(shipped_dir=tmp_path / "shipped")
+    assert store.find("auto", identity).path.name == "t.safetensors"
+    with pytest.raises(FileNotFoundError, match="export TOPTHETA_HOME"):
+        store.find("auto", make_identity(num_hidden_layers=7))
+    with pytest.raises(ValueError, match="export TOPTHETA_HOME"):
+        store.path_for(identity, "t")
+
+
 def test_folder_name() -> None:
     assert folder_name("org/model") == "org--model"
     assert folder_name("/data/org/model/") == "org--model"

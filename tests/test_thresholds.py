@@ -123,6 +123,16 @@ def test_a_slice_is_no_table_of_the_model(tmp_path: Path) -> None:
         ThresholdTable.load(tmp_path / "part.safetensors")
 
 
+def test_numbers_that_no_k_comes_of_are_refused(tmp_path: Path) -> None:
+    kept = torch.full_like(make_table().kept, torch.finfo(torch.float32).max)
+    with pytest.raises(ValueError, match="too large for a mean"):
+        ThresholdTable.load(write(tmp_path / "table.safetensors", kept=kept))
+    lengths = torch.tensor([128.0, 2048.0, 2048.0])
+    lengths[2] = torch.nextafter(lengths[1], lengths[1] + 1)
+    with pytest.raises(ValueError, match="not positive and ascending"):
+        ThresholdTable.load(write(tmp_path / "table.safetensors", lengths=lengths))
+
+
 def test_save_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "table.safetensors"
     make_table().save(path)
@@ -162,6 +172,11 @@ def test_truncated_file(tmp_path: Path) -> None:
     [
         ({"other": "{}"}, "not one of toptheta's"),
         ({"toptheta": "{"}, "header is not JSON"),
+        ({"toptheta": "[" * 100_000}, "header is not JSON"),
+        (
+            metadata_with(identity=make_identity().model_dump(mode="json") | {"fields": {}}),
+            "'identity'.*num_key_value_heads is None, expected 2",
+        ),
         ({"toptheta": "[2]"}, "schema None, expected 2"),
         (
             metadata_with(schema_version=1, allocation="lost_mass"),

@@ -131,6 +131,9 @@ SERVED: dict[str, Family] = {
             }
         },
     ),
+    "llama-head-112": Family(
+        lambda: tf.LlamaConfig(**{**_SMALL, "hidden_size": 224}), {"dtype": "bfloat16"}
+    ),
     "qwen2": Family(lambda: tf.Qwen2Config(**_SMALL)),
     "qwen2-moe": Family(
         lambda: tf.Qwen2MoeConfig(**_SMALL, **_EXPERTS, shared_expert_intermediate_size=32)

@@ -13,6 +13,10 @@ from transformers import (
     Qwen2Config,
 )
 
+from vllm_toptheta.calibration.attention import AttentionCall, dense_attention
+from vllm_toptheta.calibration.collect import AttentionStatistics, Collector
+from vllm_toptheta.evaluation.model import replaced_attention
+
 VOCABULARY = 128
 _COMMON = {
     "vocab_size": VOCABULARY,
@@ -87,3 +91,23 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def random_documents(number: int, length: int, seed: int = 0) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(4, VOCABULARY, (length,), generator=generator) for _ in range(number)]
+
+
+def collect(
+    model: PreTrainedModel,
+    documents: list[torch.Tensor],
+    statistics: AttentionStatistics,
+    min_prob: float,
+) -> Collector:
+    """Fill statistics from a transformers model: what an engine's workers collect, without one."""
+    collector = Collector(statistics, min_prob)
+
+    def attention(call: AttentionCall) -> torch.Tensor:
+        collector.add(call)
+        return dense_attention(call)
+
+    for document in documents:
+        collector.start_document(len(document))
+        with replaced_attention(model, attention), torch.inference_mode():
+            model.base_model(document[None], use_cache=False)
+    return collector

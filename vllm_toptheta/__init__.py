@@ -10,6 +10,6 @@ def register() -> None:
     Call it yourself before building an `AttentionConfig(backend="toptheta")` object by hand; vLLM
     loads plug-ins after that line.
     """
-    from vllm_toptheta.backend.registration import register_backend
+    from vllm_toptheta.registration import register_backend
 
     register_backend()

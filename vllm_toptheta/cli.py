@@ -6,11 +6,12 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from vllm_toptheta.evaluation.tasks import command as tasks
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,7 +20,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: arguments after the program's name; those of the process by default.
     """
-    arguments = _parser().parse_args(argv)
+    own, flags = list(sys.argv[1:] if argv is None else argv), []
+    if own[:1] == ["calibrate"] and "--" in own:
+        cut = own.index("--")
+        own, flags = own[:cut], own[cut + 1 :]
+    arguments = _parser().parse_args(own, argparse.Namespace(serve_flags=flags))
     try:
         code: int = arguments.run(arguments)
         return code
@@ -48,6 +53,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_needle(
         what.add_parser("needle", help="find a number in a long text through vLLM, both ways")
+    )
+    tasks.add_arguments(
+        what.add_parser("tasks", help="accuracy through a running server, paired with dense")
     )
     doctor = commands.add_parser("doctor", help="check the installation")
     doctor.set_defaults(run=_doctor)
@@ -133,7 +141,9 @@ def _add_engines(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_calibrate(parser: argparse.ArgumentParser) -> None:
-    _add_model(parser)
+    parser.usage = "toptheta calibrate MODEL [options] [-- any flags of vllm serve]"
+    parser.add_argument("model", metavar="MODEL", help="Hugging Face repository or folder")
+    parser.add_argument("--dtype", help="the same after -- (default: as vllm serve)")
     parser.add_argument(
         "--text",
         nargs="+",
@@ -145,7 +155,9 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
         "--tokens", type=int, default=16384, help="tokens to read (default: %(default)s)"
     )
     parser.add_argument(
-        "--length", type=int, default=4096, help="tokens per document (default: %(default)s)"
+        "--length",
+        type=int,
+        help="tokens per document (default: 4096, or what the model has positions for)",
     )
     parser.add_argument(
         "--min-prob",
@@ -192,6 +204,11 @@ def _add_fidelity(parser: argparse.ArgumentParser) -> None:
         help="also every --min-prob as a model runs that nobody calibrated",
     )
     parser.add_argument(
+        "--k-sketch",
+        action="store_true",
+        help="also every --min-prob over the 8-bit sketch of K",
+    )
+    parser.add_argument(
         "--rivals",
         nargs="*",
         metavar="NAME:SETTING",
@@ -219,39 +236,33 @@ def _add_dial(parser: argparse.ArgumentParser) -> None:
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:
-    from vllm_toptheta.calibration.calibrate import CalibrationOptions, calibrate_with_progress
     from vllm_toptheta.threshold_store import ThresholdStore
+
+    _quiet("ERROR")  # it warns of what is chosen for calibration
+    from vllm_toptheta.calibration.calibrate import (
+        CalibrationOptions,
+        calibrate,
+        check_writable,
+        read_corpus,
+    )
+    from vllm_toptheta.calibration.engine import parse_serve_flags
 
     options = CalibrationOptions(num_tokens=arguments.tokens, length=arguments.length)
     if arguments.min_prob is not None:
         options = replace(options, min_prob=arguments.min_prob)
-    if arguments.out:
-        _check_writable(arguments.out)
-    table = calibrate_with_progress(
-        arguments.model,
-        arguments.text,
+    check_writable(arguments.out or ThresholdStore().user_dir / "table")
+    flags = [*(["--dtype", arguments.dtype] if arguments.dtype else []), *arguments.serve_flags]
+    table = calibrate(
+        parse_serve_flags(arguments.model, flags),
+        read_corpus(arguments.text),
         options,
         name=arguments.name,
-        dtype=arguments.dtype,
-        device=arguments.device,
     )
     metadata = table.metadata
     path = arguments.out or ThresholdStore().path_for(metadata.identity, str(metadata.length))
     table.save(path)
     print(f"wrote {path}: k {table.min_k:g} to {table.max_k:g}")
     return 0
-
-
-def _check_writable(path: Path) -> None:
-    """Raise ValueError, before anything slow, where a file cannot be written; makes no folders."""
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(f"{path} is a folder")
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"--out {path} cannot be written: {error}") from error
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
@@ -279,6 +290,7 @@ def _fidelity(arguments: argparse.Namespace) -> int:
         min_mass=arguments.min_mass,
         table=arguments.thresholds,
         without_table=arguments.no_table,
+        k_sketch=arguments.k_sketch,
         rivals=() if arguments.rivals is None else arguments.rivals or DEFAULT_RIVALS,
         min_kv_len=arguments.min_kv_len,
         dtype=arguments.dtype,
@@ -343,9 +355,7 @@ def _write_json(arguments: argparse.Namespace, results: Sequence[Any]) -> None:
 
 
 def _variants(arguments: argparse.Namespace) -> list[Mapping[str, Any]]:
-    # vLLM reads them when it is imported; the log of every start would bury the table.
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    _quiet()
     from vllm_toptheta.evaluation.engine import variants
 
     return variants(
@@ -355,6 +365,12 @@ def _variants(arguments: argparse.Namespace) -> list[Mapping[str, Any]]:
         arguments.prefill_min_prob,
         arguments.min_kv_len,
     )
+
+
+def _quiet(level: str = "WARNING") -> None:
+    # vLLM reads them when it is imported; the log of every start would bury the table.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", level)
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
 
 
 def _doctor(_: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 object out."""
 
 import difflib
+import reprlib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -24,6 +25,10 @@ _REMOVED = {
     "layers.k": 'a layer takes min_prob, or "dense": true',
 }
 """Options of earlier versions, and what stands for them."""
+
+_MAX_GUESSED = 60
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = _SHOWN.maxother = 200
 
 Prob = Annotated[float, Field(gt=0, lt=1)]
 Mass = Annotated[float, Field(ge=0, lt=1)]
@@ -55,8 +60,9 @@ class TopThetaConfig(BaseModel):
     """Options of Top-theta attention.
 
     Attributes:
-        thresholds: "auto" (find a table by model identity, or do without), "none" (do without), a
-            shipped name, or a path to a table.
+        thresholds: "auto" (find a table by model identity, or do without), "calibrate" (find one,
+            or make it at the first start), "none" (do without), a shipped name, or a path to a
+            table.
         min_prob: attention probability below which a key's V row is not read.
         min_mass: share of a row's attention that the kept keys have at least; None becomes 0.5
             without a table, and no floor with one.
@@ -65,6 +71,8 @@ class TopThetaConfig(BaseModel):
         prefill_min_prob: min_prob of prompt rows, where prompts are pruned; None does as for
             generated tokens.
         min_kv_len: rows that see at most this many keys run dense.
+        k_sketch: keep an 8-bit copy of K beside it, which generated tokens scan in K's place; takes
+            a quarter more KV memory. CPU only; "auto" does so where it is faster.
         compensation: give the lost mass to the mean V of its neighbourhood, not to the kept keys.
         layers: overrides by layer index, for example
             {"0": {"min_prob": 0.0001}, "7": {"dense": true}}.
@@ -73,6 +81,7 @@ class TopThetaConfig(BaseModel):
         max_k: largest k a request may ask for; None allows the table's largest.
         allow_off: whether a request may switch pruning off for itself.
         allow_layers: whether a request may have its counts layer by layer.
+        report: whether responses carry counts where their request does not say; metrics do anyway.
         telemetry: count what is pruned, and show it in responses and metrics.
     """
 
@@ -84,7 +93,8 @@ class TopThetaConfig(BaseModel):
     k: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     phases: Literal["decode", "prefill", "both"] = "decode"
     prefill_min_prob: Prob | None = None
-    min_kv_len: int = Field(default=1024, ge=0)
+    min_kv_len: int = Field(default=1024, ge=0, lt=1 << 31)
+    k_sketch: Literal["auto"] | bool = "auto"
     compensation: bool = True
     layers: dict[int, LayerOverride] = Field(default_factory=dict)
     min_prob_range: Annotated[tuple[Prob, Prob], _FromList] = (1e-6, 0.1)
@@ -93,6 +103,7 @@ class TopThetaConfig(BaseModel):
     max_k: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     allow_off: bool = True
     allow_layers: bool = True
+    report: bool = True
     telemetry: bool = True
 
     @field_validator("layers", mode="before")
@@ -118,6 +129,11 @@ class TopThetaConfig(BaseModel):
                 "of a row"
             )
         return self
+
+    @property
+    def needs_means(self) -> bool:
+        """Whether any row reads the V means of token groups; pruned prompts always do."""
+        return self.compensation or self.phases != "decode"
 
     @classmethod
     def from_additional_config(cls, additional_config: object) -> "TopThetaConfig":
@@ -157,8 +173,10 @@ def _explain(item: Any) -> str:
         if removed:
             return f"option {name!r} is gone: {removed}"
         fields = (TopThetaConfig if len(place) == 1 else LayerOverride).model_fields
-        near = difflib.get_close_matches(place[-1], fields, n=1)
-        return f"unknown option {name!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
+        near = difflib.get_close_matches(place[-1][:_MAX_GUESSED], fields, n=1)
+        return f"unknown option {_SHOWN.repr(name)}" + (
+            f" (did you mean {near[0]!r}?)" if near else ""
+        )
     if not place:  # about options that do not go together
         return str(message)
-    return f"option {name!r}: {message}, got {item['input']!r}"
+    return f"option {_SHOWN.repr(name)}: {message}, got {_SHOWN.repr(item['input'])}"

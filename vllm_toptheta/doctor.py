@@ -36,13 +36,12 @@ def check_vllm() -> Finding:
             f"vLLM is not importable ({error}): pip install 'vllm-toptheta[gpu]', "
             "on CPU hosts 'vllm-toptheta[cpu]'",
         )
-    from vllm_toptheta.backend.registration import TESTED_VERSIONS, is_tested
+    from vllm_toptheta.registration import is_tested, tested_versions
 
     text = f"vLLM {vllm.__version__}"
     if is_tested(vllm.__version__):
         return Finding("ok", text)
-    lowest, below = (".".join(map(str, version)) for version in TESTED_VERSIONS)
-    return Finding("warn", f"{text}; tested versions are >= {lowest} and < {below}")
+    return Finding("warn", f"{text}; tested versions are {tested_versions()}")
 
 
 def check_command() -> Finding:
@@ -63,12 +62,26 @@ def check_plugin() -> Finding:
     """vLLM sees the plug-in's entry point and may load it."""
     points = importlib.metadata.entry_points(group="vllm.general_plugins")
     if "toptheta" not in points.names:
+        try:
+            first = importlib.metadata.distribution("vllm-toptheta")
+        except importlib.metadata.PackageNotFoundError:
+            first = None
+        if first is not None:
+            return Finding(
+                "FAIL",
+                f"the vllm-toptheta {first.version} in {first.locate_file('')} comes first and "
+                "names no plug-in: delete its .egg-info or .dist-info there",
+            )
         return Finding(
             "FAIL", "vLLM does not see the plug-in: pip install vllm-toptheta into this environment"
         )
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "toptheta" not in allowed.split(","):
-        return Finding("FAIL", f"VLLM_PLUGINS={allowed!r} hides the plug-in: add toptheta to it")
+        hides = f"VLLM_PLUGINS={allowed!r} hides the plug-in"
+        names = ",".join(name.strip() for name in allowed.split(","))
+        if "toptheta" in names.split(","):
+            return Finding("FAIL", f"{hides}, because blanks count: VLLM_PLUGINS={names}")
+        return Finding("FAIL", f"{hides}: add toptheta to it")
     return Finding("ok", "plug-in entry point visible to vLLM")
 
 
@@ -95,7 +108,7 @@ def check_kernel() -> Finding:
         return Finding(
             "warn", f"CPU kernel: {target} path, slower than stock vLLM: {why_not_native}"
         )
-    return Finding("ok", f"CPU kernel: {target}")
+    return Finding("ok", f"CPU kernel: {target}; generated tokens scan K in 8 bits")
 
 
 def check_threads() -> Finding:

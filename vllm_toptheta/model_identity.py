@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt, model_validator
 
 _FIELDS = (
     "model_type",
@@ -70,6 +70,18 @@ class ModelIdentity(BaseModel):
     fields: dict[str, JsonValue]
     config_hash: str
     max_len: PositiveInt | None = Field(default=None, exclude=True)
+
+    @model_validator(mode="after")
+    def _one_number_of_kv_heads(self) -> "ModelIdentity":
+        found = self.fields.get("num_key_value_heads")
+        if found != self.num_kv_heads and not (
+            isinstance(found, list) and len(found) == self.num_layers
+        ):
+            raise ValueError(
+                f"fields.num_key_value_heads is {found!r}, expected {self.num_kv_heads} or one "
+                "number per layer"
+            )
+        return self
 
     @classmethod
     def from_config(

@@ -47,7 +47,18 @@ class ThresholdStore:
             user_dir: `$TOPTHETA_HOME/thresholds`, or `~/.cache/toptheta/thresholds`, by default.
         """
         self.shipped_dir = shipped_dir or _default_shipped_dir()
-        self.user_dir = user_dir or _default_user_dir()
+        self._user_dir = user_dir or _default_user_dir()
+
+    @property
+    def user_dir(self) -> Path:
+        """The user's folder.
+
+        Raises:
+            ValueError: the user has none; says what to type.
+        """
+        if self._user_dir is None:
+            raise ValueError(f"no place for threshold tables: {_HOMELESS}")
+        return self._user_dir
 
     def path_for(self, identity: ModelIdentity, stem: str) -> Path:
         """Where a new table of the model goes, in the user's folder."""
@@ -92,8 +103,8 @@ class ThresholdStore:
             return near
         message = (
             f"no threshold table for {identity.name or 'this model'} "
-            f"(config hash {identity.config_hash[:12]}, asked for {spec!r}) in {self.user_dir} or "
-            f"{self.shipped_dir or 'the package (none shipped)'}; "
+            f"(config hash {identity.config_hash[:12]}, asked for {spec!r}) in "
+            f"{self._user_dir or _HOMELESS} or {self.shipped_dir or 'the package (none shipped)'}; "
             f"make one with: toptheta calibrate {identity.name or 'MODEL'}"
         )
         if rejected:
@@ -123,7 +134,8 @@ class ThresholdStore:
         name.
         """
         pattern = f"{folder or '*'}/*.safetensors"
-        yield from sorted(self.user_dir.glob(pattern), key=_modified, reverse=True)
+        if self._user_dir is not None:
+            yield from sorted(self._user_dir.glob(pattern), key=_modified, reverse=True)
         if self.shipped_dir is not None:
             yield from sorted(self.shipped_dir.glob(pattern))
 
@@ -168,9 +180,15 @@ def _model_of(metadata: TableMetadata) -> str:
     return metadata.identity.name or f"unnamed, config hash {metadata.identity.config_hash[:12]}"
 
 
-def _default_user_dir() -> Path:
-    home = os.environ.get("TOPTHETA_HOME")
-    return (Path(home).expanduser() if home else Path.home() / ".cache" / "toptheta") / "thresholds"
+_HOMELESS = "a home that this user does not have (export TOPTHETA_HOME=FOLDER)"
+
+
+def _default_user_dir() -> Path | None:
+    try:
+        home = Path(os.environ.get("TOPTHETA_HOME") or "~/.cache/toptheta").expanduser()
+    except RuntimeError:  # no HOME, and no entry in passwd
+        return None
+    return home / "thresholds"
 
 
 def _default_shipped_dir() -> Path | None:

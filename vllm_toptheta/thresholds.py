@@ -39,7 +39,7 @@ class TableMetadata(BaseModel):
         corpus: description of the calibration text.
         num_tokens: tokens calibrated on.
         length: tokens per calibration document.
-        versions: of vllm_toptheta, torch, transformers.
+        versions: of vllm_toptheta, torch and what ran the model.
         created: ISO 8601 date and time, UTC.
         command: the command that makes the file again.
     """
@@ -88,6 +88,8 @@ class ThresholdTable:
         _validate(self)
         if self.mean_kept is None:
             object.__setattr__(self, "mean_kept", self.kept_at(self.log_probs).mean((0, 1)))
+        if not torch.isfinite(self.mean_kept).all():
+            raise ValueError("kept hold numbers too large for a mean")
 
     @property
     def num_layers(self) -> int:
@@ -275,7 +277,7 @@ def read_metadata(path: Path) -> TableMetadata:
         raise ValueError(f"threshold table {path}: a safetensors file, but not one of toptheta's")
     try:
         stored = json.loads(header[_HEADER_KEY])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: brackets thousands deep
         raise ValueError(f"threshold table {path}: its header is not JSON ({error})") from error
     version = stored.get("schema_version") if isinstance(stored, dict) else None
     if version != SCHEMA_VERSION:
@@ -325,7 +327,8 @@ def _validate(table: ThresholdTable) -> None:
     for name in _TENSOR_NAMES:
         if not torch.isfinite(getattr(table, name)).all():
             raise ValueError(f"{name} hold numbers that are not finite")
-    if table.lengths[0] <= 0 or (table.lengths.diff() <= 0).any():
+    # Interpolated between their logarithms, which must differ as well.
+    if table.lengths[0] <= 0 or (table.lengths.log2().diff() <= 0).any():
         raise ValueError(f"lengths are not positive and ascending: {table.lengths.tolist()}")
     if table.log_probs[-1] > 0 or (table.log_probs.diff() <= 0).any():
         raise ValueError(f"log_probs are not ascending up to 0: {table.log_probs.tolist()}")

@@ -3,6 +3,7 @@ bit where bits are promised.
 """
 
 import dataclasses
+import math
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -11,13 +12,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.lib import E4M3, Layer, Machine, error_of_budget, served_pages
+from benchmarks.gpu.rivals import flash_attention
 from vllm_toptheta.kernels.triton.means import update_v_means
 from vllm_toptheta.testing.cases import Case, Result, Spec, make_case
 
 Record = dict[str, Any]
 
 BF16, FP16 = torch.bfloat16, torch.float16
-BASE = Spec(32, 8, 128, 64, (4096, 333, 1, 0, 2048), dtype=BF16, min_prob=0.002, tile=64)
+# Peaked attention: of thousands of keys few stand near a threshold, so that there are gaps for it.
+BASE = Spec(
+    32, 8, 128, 64, (4096, 333, 1, 0, 2048), dtype=BF16, min_prob=0.002, tile=64, query_scale=8.0
+)
 TINY = Spec(4, 2, 64, 64, (70, 33, 0), dtype=FP16, min_prob=0.02, tile=64)
 
 
@@ -47,6 +52,11 @@ PROMPTS = [
 ]
 DETERMINISM = spec((1500, 900, 2047), num_heads=16, num_kv_heads=4)
 GRAPH = spec((3000, 900, 64, 2100))
+FLASH = [
+    PROMPTS[0],
+    PROMPTS[-1],
+    spec((900, 200), query_lens=(40, 1), num_heads=4, num_kv_heads=1, block_size=16, seed=5),
+]
 TINY_PROMPT = dataclasses.replace(TINY, lens=(70, 33), query_lens=(12, 5))
 TINY_DETERMINISM = dataclasses.replace(TINY, lens=(70, 33))
 
@@ -178,6 +188,35 @@ def check_prompts(spec: Spec, machine: Machine) -> Record:
         same &= torch.equal(part.v_tiles_read, whole.v_tiles_read[rows])
     found = about("prompts", spec) | {"error_of_budget": error, "counts": counts, "chunks": same}
     return found | {"ok": error <= 1 and counts and same}
+
+
+def check_flash(spec: Spec, machine: Machine) -> Record:
+    """vLLM's FlashAttention over our padded pages, as our backend calls it for prompts, against
+    float64."""
+    case, found = make_case(spec), flash_attention()
+    assert found is not None
+    attend, version = found
+    case.dense.fill_(True)
+    layer = layer_of(case, machine)
+    out = torch.full_like(layer.query, math.nan)
+    attend(
+        q=layer.query,
+        k=layer.key.transpose(1, 2),
+        v=layer.value.transpose(1, 2),
+        out=out,
+        cu_seqlens_q=layer.query_start_loc,
+        max_seqlen_q=max(spec.query_lens or ()),
+        seqused_k=layer.seq_lens,
+        max_seqlen_k=max(spec.lens),
+        softmax_scale=spec.sm_scale,
+        causal=True,
+        window_size=[spec.window - 1, 0] if spec.window else [-1, -1],
+        block_table=layer.block_table,
+        fa_version=version,
+    )
+    error = error_of_budget(out.cpu(), case.expected().out)
+    record = about(f"FlashAttention {version}", spec) | {"error_of_budget": error}
+    return record | {"ok": error <= 1}
 
 
 def check_determinism(spec: Spec, machine: Machine) -> Record:

@@ -25,7 +25,7 @@ from benchmarks.gpu import cases
 from benchmarks.gpu.bench import TINY_MIN_PROB, bench, bench_launches, timed_shapes
 from benchmarks.gpu.lib import E4M3, Machine
 from benchmarks.gpu.report import Record, Report
-from benchmarks.gpu.rivals import VllmTriton
+from benchmarks.gpu.rivals import VllmTriton, flash_attention
 from vllm_toptheta.testing.cases import Spec
 
 Check = Callable[[Spec, Machine], Record]
@@ -46,6 +46,8 @@ def planned(machine: Machine, *, quick: bool) -> list[tuple[Check, Spec]]:
     ]
     wanted += [(cases.check_decode, spec) for spec in cases.DECODE[:most]]
     wanted += [(cases.check_prompts, spec) for spec in cases.PROMPTS[:most]]
+    if flash_attention() is not None:
+        wanted += [(cases.check_flash, spec) for spec in cases.FLASH]
     return [case for case in wanted if machine.has_e4m3 or case[1].cache_dtype != E4M3]
 
 

@@ -20,6 +20,7 @@ from vllm_toptheta.kernels.layout import (
     group_size_of,
 )
 from vllm_toptheta.kernels.triton.config import (
+    can_chain,
     choose_config,
     choose_num_splits,
     choose_prefill_config,
@@ -30,6 +31,7 @@ from vllm_toptheta.kernels.triton.prefill import prefill_attention
 from vllm_toptheta.testing.cases import Result
 
 E4M3 = torch.float8_e4m3fn
+CLUSTER, CLUSTERED = 16, 0.9
 QUERY_SCALE = 2.0
 """Of random queries: probabilities about as uneven as those of models, spread over all keys."""
 
@@ -163,7 +165,12 @@ class Layer:
                 warp_size=64 if torch.version.hip else 32,
             )
             return
-        self.config = choose_config(head_dim=head_dim)
+        self.config = choose_config(
+            head_dim=head_dim,
+            cache_bytes=self.key.itemsize,
+            warp_size=64 if torch.version.hip else 32,
+            chained=can_chain(self.key.device),
+        )
         # It serves all parts of a batch, as it serves all layers.
         self.scratch = DecodeScratch.allocate(
             num_rows=len(self.query),
@@ -173,7 +180,6 @@ class Layer:
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             block_size=block_size,
-            tile=self.config.tile,
             device=self.query.device,
         )
 
@@ -247,6 +253,8 @@ class Shape:
         heads: query heads per kv head.
         min_kv_len: rows that see at most so many keys run dense.
         is_prompt: all tokens are queries, not the last ones alone.
+        is_clustered: keys come in runs of CLUSTER that share CLUSTERED of their variance, so that
+            kept keys lie together as a model's do; each by itself is as random as otherwise.
     """
 
     lens: tuple[int, ...]
@@ -258,6 +266,7 @@ class Shape:
     cache_dtype: torch.dtype | None = None
     min_kv_len: int = 1024  # serving's default
     is_prompt: bool = False
+    is_clustered: bool = False
 
     @property
     def num_heads(self) -> int:
@@ -283,7 +292,8 @@ class Shape:
     @property
     def rows(self) -> str:
         """How many rows of which lengths."""
-        return " + ".join(f"{self.lens.count(n)} x {n}" for n in dict.fromkeys(self.lens))
+        rows = " + ".join(f"{self.lens.count(n)} x {n}" for n in dict.fromkeys(self.lens))
+        return rows + (" clustered" if self.is_clustered else "")
 
     @property
     def cache_name(self) -> str:
@@ -314,6 +324,10 @@ class Batch:
         for part in kv_cache.split(max(1, (64 << 20) // kv_cache[0].numel())):
             noise = torch.empty(part.shape, dtype=torch.float32, device=device)
             noise.normal_(generator=generator)
+            if shape.is_clustered:
+                shared = noise[:, :, ::CLUSTER, :dim].repeat_interleave(CLUSTER, 2)
+                own = torch.empty_like(shared).normal_(generator=generator)
+                noise[..., :dim] = CLUSTERED**0.5 * shared + (1 - CLUSTERED) ** 0.5 * own
             noise[..., dim:] += 0.5  # so that the means of V matter
             part.copy_(noise)
         key, value = kv_cache.split(dim, dim=-1)

@@ -111,6 +111,17 @@ class VllmTriton:
         yield "vllm triton", Rival(run)
 
 
+def flash_attention() -> tuple[Callable[..., Tensor], int] | None:
+    """FlashAttention of an installed vLLM, and its version, 3 or 4, where this GPU has one."""
+    try:
+        from vllm.vllm_flash_attn import flash_attn_varlen_func
+        from vllm.vllm_flash_attn.flash_attn_interface import is_fa_version_supported
+    except (ImportError, OSError):
+        return None
+    versions = [version for version in (3, 4) if is_fa_version_supported(version)]
+    return (flash_attn_varlen_func, versions[0]) if versions else None
+
+
 def sdpa_rivals(batch: Batch) -> Iterator[tuple[str, Rival]]:
     """torch's kernels on contiguous K and V: the group's heads as it takes them, and for decode as
     rows of one head. They have neither float8 nor rows of different lengths.

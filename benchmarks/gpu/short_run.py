@@ -1,4 +1,4 @@
-"""Fifteen minutes on a GPU, in three calls: `python -m benchmarks.gpu.short_run CALL`.
+"""Fifteen minutes on a GPU, in calls: `python -m benchmarks.gpu.short_run CALL`.
 
 Each call ends by itself within its seconds, and prints and writes what it measures line by line, so
 that it stays whatever happens next.
@@ -7,12 +7,15 @@ that it stays whatever happens next.
                       float64, one graph replay, then decode at four batches beside its dense rivals
     results   210 s   the rest of what is compared with float64, and a memory check of one case
     table     210 s   decode to 131072 keys, prompts, short dense rows, and launch parameters
+    decode    150 s   after a change to the decode kernels, instead of the others: three cases and a
+                      graph replay, then batches of random and of clustered keys, to 131072
 
-A wrong result in the probe ends it before anything is timed. With TRITON_INTERPRET=1 and no GPU
-everything runs on tiny shapes, and nothing is timed.
+A wrong result in probe or decode ends it before anything is timed. With TRITON_INTERPRET=1 and no
+GPU everything runs on tiny shapes, and nothing is timed.
 """
 
 import argparse
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -27,8 +30,10 @@ from benchmarks.gpu.lib import E4M3, Batch, Machine, Shape
 from benchmarks.gpu.report import Record, Report
 from benchmarks.gpu.rivals import VllmTriton
 
-SECONDS = {"probe": 280, "results": 210, "table": 210}
+SECONDS = {"probe": 280, "results": 210, "table": 210, "decode": 150}
 DECODE = [(8192,), (32768,), (32768,) * 8, (8192,) * 16]
+CLUSTERED = [Shape(lens, is_clustered=True) for lens in ((8192,) * 16, (32768,) * 8)]
+LONG = [Shape((131072,) * 8), Shape((32768,) * 8, cache_dtype=E4M3), Shape((131072,) * 16)]
 LAST_START = 0.8
 """Of a call's seconds: nothing starts after that."""
 
@@ -80,16 +85,23 @@ def steps(
 ) -> Iterator[tuple[str, Step]]:
     """What a call does, in order: a name, and what makes its records."""
     planned = check.planned(machine, quick=False)
-    if call == "probe":
-        yield "bandwidths", lambda: bandwidths(machine)
+    if call in ("probe", "decode"):
+        if call == "probe":
+            yield "bandwidths", lambda: bandwidths(machine)
         first = [planned[0]]
         if machine.is_gpu:
             kinds = [(cases.check_decode, spec) for spec in (cases.DECODE[1], cases.DECODE[2])]
             first = [*kinds, (cases.check_graph, cases.GRAPH)]
+            if call == "decode":
+                first.append((cases.check_determinism, cases.DETERMINISM))
         for which, spec in first:
             if machine.has_e4m3 or spec.cache_dtype != E4M3:
                 yield spec_name(which, spec), lambda w=which, s=spec: compare(w, s, machine)
         shapes = [Shape(lens) for lens in DECODE] if machine.is_gpu else [bench.TINY]
+        if call == "decode":
+            tiny = dataclasses.replace(bench.TINY, is_clustered=True)
+            shapes += CLUSTERED + LONG if machine.is_gpu else [tiny]
+        shapes = [shape for shape in shapes if machine.has_e4m3 or shape.cache_dtype != E4M3]
         for shape in shapes:
             yield (
                 shape.describe(),
@@ -141,8 +153,8 @@ def main() -> int:
             report.add(*step())
         except Exception as problem:
             report.add({"check": name} | cases.failure(problem))
-        if report.wrong and options.call == "probe":
-            report.skip("the rest of the probe: a result is wrong")
+        if report.wrong and options.call in ("probe", "decode"):
+            report.skip("the rest: a result is wrong")
             break
     report.save()
     print(f"\n{report.summary()}", flush=True)

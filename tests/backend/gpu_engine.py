@@ -14,28 +14,31 @@ from typing import Any
 
 import pytest
 import torch
+from kv_cache_planning import get_kv_cache_config_from_groups, get_kv_cache_groups
 from threshold_fixtures import make_table
 from transformers import LlamaConfig
 from vllm.config import CUDAGraphMode, VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention import Attention
+from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
-from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec, init_attn_backend
 from vllm.v1.worker.utils import AttentionGroup
 
 import vllm_toptheta
-from vllm_toptheta.backend import gpu, gpu_tensors, step, unsupported
+from vllm_toptheta.backend import counts as counts_module
+from vllm_toptheta.backend import gpu_tensors, step, unsupported
 from vllm_toptheta.backend.gpu import (
     TopThetaGPUBackend,
     TopThetaGPUImpl,
     TopThetaGPUMetadataBuilder,
 )
+from vllm_toptheta.hooks import model_runner
+from vllm_toptheta.kernels.columns import COLUMNS
 from vllm_toptheta.kernels.layout import UNCALIBRATED_WEIGHTS
 from vllm_toptheta.model_identity import ModelIdentity
-from vllm_toptheta.telemetry.counters import FIELDS
 from vllm_toptheta.testing.cases import Case, Result, Spec, error_budget, make_case
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK = 4, 2, 64, 16
@@ -45,35 +48,35 @@ WINDOWS = (None, WINDOW, None)
 NAMES = [f"model.layers.{index}.self_attn.attn" for index in range(len(WINDOWS))]
 MAX_ROWS = 6
 MIN_KV_LEN = 20
-LAYER = SimpleNamespace(_k_scale=torch.ones(1), _v_scale=torch.ones(1))
+LAYER = SimpleNamespace(_q_scale=torch.ones(1), _k_scale=torch.ones(1), _v_scale=torch.ones(1))
 
 
 @functools.cache
-def _model() -> Path:
+def _model(num_kv_heads: int, head_dim: int) -> Path:
     """A configuration of the layers above and a table for it, in a folder for this process."""
     folder = Path(tempfile.mkdtemp(prefix="toptheta-gpu-"))
     config = LlamaConfig(
         architectures=["LlamaForCausalLM"],
         num_hidden_layers=len(WINDOWS),
         num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        hidden_size=HEADS * HEAD_DIM,
+        num_key_value_heads=num_kv_heads,
+        head_dim=head_dim,
+        hidden_size=HEADS * head_dim,
         intermediate_size=64,
         vocab_size=128,
     )
     config.save_pretrained(folder)
     identity = ModelIdentity.from_config(config)
-    offsets = torch.arange(len(WINDOWS) * KV_HEADS).view(-1, KV_HEADS) / 10
+    offsets = torch.arange(len(WINDOWS) * num_kv_heads).view(-1, num_kv_heads) / 10
     make_table(identity, offsets=offsets).save(folder / "table.safetensors")
     return folder
 
 
 @functools.cache
-def _configure() -> VllmConfig:
+def _configure(num_kv_heads: int, head_dim: int) -> VllmConfig:
     vllm_toptheta.register()
     arguments = EngineArgs(
-        model=str(_model()),
+        model=str(_model(num_kv_heads, head_dim)),
         skip_tokenizer_init=True,
         dtype="bfloat16",
         max_model_len=256,
@@ -97,12 +100,12 @@ def _options(**changes: Any) -> dict[str, Any]:
 
 def table() -> str:
     """A value of the option `thresholds`: a table of the model, with offsets."""
-    return str(_model() / "table.safetensors")
+    return str(_model(KV_HEADS, HEAD_DIM) / "table.safetensors")
 
 
 def configure(**options: Any) -> VllmConfig:
     """vLLM's configuration as it would be on a GPU, with options of ours."""
-    config: VllmConfig = copy.deepcopy(_configure())
+    config: VllmConfig = copy.deepcopy(_configure(KV_HEADS, HEAD_DIM))
     config.additional_config = {"toptheta": _options(**options)}
     config.cache_config.block_size = BLOCK
     config.cache_config.kv_cache_layout = "LBNHC"
@@ -117,11 +120,11 @@ def make_layer(
     config: VllmConfig,
     name: str = NAMES[0],
     window: int | None = None,
-    backend: Any = TopThetaGPUBackend,
+    backend: Any = None,
     num_heads: int = HEADS,
     **kwargs: Any,
 ) -> Attention:
-    """One of vLLM's attention layers on the GPU backend."""
+    """One of vLLM's attention layers on the GPU backend, in the class that the options choose."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -134,11 +137,16 @@ def make_layer(
                 cache_config=config.cache_config,
                 prefix=name,
                 per_layer_sliding_window=window,
-                attn_backend=backend,
+                attn_backend=backend or _chosen(),
                 **kwargs,
             )
     finally:
         torch.set_default_dtype(before)
+
+
+def _chosen() -> Any:
+    """The class for layers of the current configuration."""
+    return resolve_obj_by_qualname(TopThetaGPUBackend.path_for(torch.bfloat16))
 
 
 def make_groups(
@@ -146,9 +154,9 @@ def make_groups(
 ) -> tuple[list[AttentionGroup], KVCacheConfig]:
     """vLLM's groups of the layers that were made, with their metadata builders."""
     monkeypatch.setattr(unsupported, "current_platform", SimpleNamespace(is_cpu=lambda: False))
-    monkeypatch.setattr(gpu, "install_on_worker", lambda *args, **kwargs: None)
+    monkeypatch.setattr(model_runner, "install", lambda *args, **kwargs: None)
     monkeypatch.setattr(gpu_tensors, "get_tensor_model_parallel_rank", lambda: 0)
-    monkeypatch.setattr(step, "get_tp_group", lambda: SimpleNamespace(world_size=1))
+    monkeypatch.setattr(counts_module, "get_tp_group", lambda: SimpleNamespace(world_size=1))
     with set_current_vllm_config(config):
         config.cache_config.num_gpu_blocks_override = num_blocks
         cache = get_kv_cache_config_from_groups(
@@ -173,7 +181,7 @@ class Batch:
     """A step over vLLM's padded pages: its tokens, and the common metadata.
 
     Attributes:
-        case: all query tokens, those of single-token requests first.
+        case: all query tokens; those of single-token requests follow each other.
     """
 
     def __init__(
@@ -182,6 +190,7 @@ class Batch:
         queries: list[int],
         prefilling: list[bool] | None = None,
         min_prob: float = MIN_PROB,
+        backend: Any = TopThetaGPUBackend,
     ) -> None:
         spec = Spec(
             num_heads=HEADS,
@@ -197,7 +206,7 @@ class Batch:
         self.case.log_min_prob.fill_(math.log(min_prob))
         self.case.weights = torch.tensor(UNCALIBRATED_WEIGHTS).expand(HEADS, -1)
         self.queries, self.prefilling = queries, prefilling or [q > 1 for q in queries]
-        page = TopThetaGPUBackend.customize_spec(
+        page = backend.customize_spec(
             FullAttentionSpec(
                 block_size=BLOCK, num_kv_heads=KV_HEADS, head_size=HEAD_DIM, dtype=torch.bfloat16
             )
@@ -243,36 +252,45 @@ class Batch:
         log_min_prob[torch.tensor(dense)] = -1e30
         everything = replace(self.case, spec=spec, log_min_prob=log_min_prob)
         result = everything.expected()
-        num_single = next((i for i, q in enumerate(self.queries) if q > 1), len(self.queries))
-        if num_single:
-            floors = [0.0 if of_prompt else MIN_MASS for of_prompt in self.prefilling]
-            single = _first(everything, num_single)
-            single.min_mass = torch.tensor(floors[:num_single])
+        ones = [i for i, q in enumerate(self.queries) if q <= 1]
+        if ones:
+            rows = slice(ones[0], ones[-1] + 1)
+            floors = [0.0 if of_prompt else MIN_MASS for of_prompt in self.prefilling[rows]]
+            first_token = sum(self.queries[: rows.start])
+            tokens = slice(first_token, first_token + len(ones))
+            single = _decode_rows(everything, rows, tokens)
+            single.min_mass = torch.tensor(floors)
             for name, values in vars(single.expected()).items():
-                getattr(result, name)[:num_single] = values
+                getattr(result, name)[tokens] = values
         return result
 
     def check(self, layer: int, output: torch.Tensor, rows: Any, **excluded: Any) -> Result:
         """Compare what a layer did with the tokens of `rows`, and return what it is to do."""
         result, found = self.expected(layer, **excluded), rows.tensors
-        n = len(self.case.query) if rows.prompt_starts is not None else rows.num_single
         # Twice what the kernels' own tests allow: nothing here depends on their rounding.
-        budget = 2 * error_budget(self.case, result.out)[:n]
-        assert ((output[:n].double() - result.out[:n]).abs() <= budget).all()
-        assert torch.equal(found.num_kept[layer, :n], result.num_kept[:n])
-        torch.testing.assert_close(found.kept_mass[layer, :n], result.kept_mass[:n])
-        single = slice(0, rows.num_single)
-        assert torch.equal(found.lifts[layer, single], result.lifts[single])
-        others = slice(rows.num_single, n)
-        assert torch.equal(found.v_tiles_read[layer, others], result.v_tiles_read[others])
+        budget = 2 * error_budget(self.case, result.out)
+        places = [(rows.single, rows.single_at)]
+        for prompts in rows.prompts:
+            places.append((prompts.tokens, prompts.tokens))
+            read = found.v_tiles_read[layer, prompts.tokens]
+            assert torch.equal(read, result.v_tiles_read[prompts.tokens])
+        for tokens, at in places:
+            wrong = (output[tokens].double() - result.out[tokens]).abs() > budget[tokens]
+            assert not wrong.any()
+            assert torch.equal(found.num_kept[layer, at], result.num_kept[tokens])
+            torch.testing.assert_close(found.kept_mass[layer, at], result.kept_mass[tokens])
+        assert torch.equal(found.lifts[layer, rows.single_at], result.lifts[rows.single])
         return result
 
 
-def _first(case: Case, num_seqs: int) -> Case:
-    """The first sequences of a case, of one token each, as decode rows."""
-    names = ("query", "keys", "values", "block_table", "log_min_prob", "min_mass", "dense")
-    spec = replace(case.spec, lens=case.spec.lens[:num_seqs], query_lens=None)
-    return replace(case, spec=spec, **{name: getattr(case, name)[:num_seqs] for name in names})
+def _decode_rows(case: Case, seqs: slice, tokens: slice) -> Case:
+    """Sequences of a case that have one token each, as decode rows."""
+    spec = replace(case.spec, lens=case.spec.lens[seqs], query_lens=None)
+    by_seq = {name: getattr(case, name)[seqs] for name in ("keys", "values", "block_table")}
+    by_token = {
+        name: getattr(case, name)[tokens] for name in ("query", "log_min_prob", "min_mass", "dense")
+    }
+    return replace(case, spec=spec, **by_seq, **by_token)
 
 
 def stub_stock_kernels(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
@@ -330,13 +348,14 @@ def recorded_build(
     builder: TopThetaGPUMetadataBuilder, common: CommonAttentionMetadata
 ) -> tuple[Any, step.GPUStepCounts]:
     """Metadata of a real step, and what its counters would get."""
-    gpu.STEP_LOG.begin(object(), [], [])
-    metadata = builder.build(0, common)
-    (counts,) = gpu.STEP_LOG.end()
+    running = model_runner.Engine()
+    with model_runner.running(object(), running):
+        metadata = builder.build(0, common)
+    (counts,) = running.steps
     return metadata, counts
 
 
 def named_totals(counts: step.GPUStepCounts) -> list[dict[str, int]]:
     """Totals per request and per layer, by name."""
-    rows = counts.totals().view(-1, len(FIELDS)).tolist()
-    return [dict(zip(FIELDS, row, strict=True)) for row in rows]
+    rows = counts.totals().view(-1, len(COLUMNS)).tolist()
+    return [dict(zip(COLUMNS, row, strict=True)) for row in rows]

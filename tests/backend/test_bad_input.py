@@ -17,6 +17,7 @@ from tables import save_table  # noqa: E402
 from transformers import AutoConfig  # noqa: E402
 from vllm.config import KVTransferConfig, SpeculativeConfig  # noqa: E402
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase  # noqa: E402
 
 from vllm_toptheta.backend.plan import Plan  # noqa: E402
 
@@ -167,7 +168,7 @@ def test_another_rope_is_served_with_defaults(smollm2: Path, own_tables: Path, l
     told, why = lines()
     assert "no threshold table" in told
     assert "rope: got {'rope_theta': 100000.0, 'rope_type': 'default'}, expected" in why
-    assert "--hf-overrides: put them into the config.json of a copy" in why
+    assert "with the same --hf-overrides: flags of vllm serve go after --" in why
 
 
 def test_a_named_table_is_taken_with_a_warning(smollm2: Path, table: str, lines: Any) -> None:
@@ -318,6 +319,7 @@ def test_draft_models_keep_to_their_own_backend(
     backend: str | None,
     words: str | None,
 ) -> None:
+    monkeypatch.setattr(AttentionLayerBase, "is_draft_layer", False, raising=False)
     monkeypatch.setattr(type(served), "use_v2_model_runner", v2)
     config = changed(served, "speculative_config", draft(served, method, backend))
     if per_kind:
@@ -329,6 +331,16 @@ def test_draft_models_keep_to_their_own_backend(
     with pytest.raises(ValueError, match="draft model") as caught:
         Plan.from_vllm_config(config)
     assert words in str(caught.value)
+
+
+def test_without_marked_layers_no_draft_model_runs(
+    served: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(AttentionLayerBase, "is_draft_layer", raising=False)  # vLLM 0.30
+    Plan.from_vllm_config(changed(served, "speculative_config", draft(served, "ngram")))
+    config = changed(served, "speculative_config", draft(served, "eagle3", "TRITON_ATTN"))
+    with pytest.raises(ValueError, match=r"draft models on vLLM 0\.30.*0\.31 or newer.*ngram"):
+        Plan.from_vllm_config(config)
 
 
 def test_quantised_caches_and_unknown_dtypes_are_refused_by_the_backend() -> None:

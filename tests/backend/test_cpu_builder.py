@@ -4,12 +4,14 @@ specification, for every choice of phases."""
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 pytest.importorskip("vllm", reason="needs an installed vLLM")
 
 import torch  # noqa: E402
+from asked import resolve  # noqa: E402
 from threshold_fixtures import make_identity  # noqa: E402
 from vllm.config import VllmConfig, set_current_vllm_config  # noqa: E402
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402
@@ -17,11 +19,15 @@ from vllm.v1.attention.backend import CommonAttentionMetadata  # noqa: E402
 from vllm.v1.attention.backends import cpu_attn  # noqa: E402
 from vllm.v1.kv_cache_interface import FullAttentionSpec  # noqa: E402
 
-from vllm_toptheta.backend import cpu, cpu_step  # noqa: E402
+from vllm_toptheta.backend import counts as counts_module  # noqa: E402
+from vllm_toptheta.backend import cpu, cpu_layer, plan  # noqa: E402
+from vllm_toptheta.backend.counts import RankHeads  # noqa: E402
 from vllm_toptheta.backend.heads import toptheta_heads  # noqa: E402
 from vllm_toptheta.backend.plan import Plan  # noqa: E402
 from vllm_toptheta.config import TopThetaConfig  # noqa: E402
+from vllm_toptheta.hooks import model_runner  # noqa: E402
 from vllm_toptheta.kernels import reference  # noqa: E402
+from vllm_toptheta.kernels.columns import COLUMNS  # noqa: E402
 from vllm_toptheta.kernels.cpu.prefill import KEY_TILE  # noqa: E402
 from vllm_toptheta.kernels.layout import (  # noqa: E402
     PROMPT_WEIGHTS,
@@ -30,8 +36,8 @@ from vllm_toptheta.kernels.layout import (  # noqa: E402
     V_TILE,
     PageLayout,
 )
-from vllm_toptheta.request_options import RequestOptions  # noqa: E402
-from vllm_toptheta.telemetry.counters import FIELDS  # noqa: E402
+from vllm_toptheta.kernels.ops import Availability  # noqa: E402
+from vllm_toptheta.requests import RequestOptions  # noqa: E402
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK, GROUP = 6, 2, 64, 32, 32
 MIN_PROB, MIN_MASS, MIN_KV_LEN = 0.01, 0.65, 40
@@ -48,11 +54,15 @@ def vllm_config(smollm2: Path) -> VllmConfig:
     return EngineArgs(model=str(smollm2), dtype="float32").create_engine_config()
 
 
+plans: list[Plan] = []
+"""Of the engines, in the order in which they were made."""
+
+
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> dict[int, RequestOptions]:
     """Options of the requests, by batch row."""
     options = {OFF: RequestOptions(pruning=False)}
-    monkeypatch.setattr(cpu, "row_options", lambda cam: options)
+    monkeypatch.setattr(model_runner, "row_options", lambda cam: resolve(plans[-1], options))
     return options
 
 
@@ -68,6 +78,7 @@ class Engine:
         **more: object,
     ) -> None:
         options = {
+            "k_sketch": False,
             **more,
             "min_prob": MIN_PROB,
             "min_mass": MIN_MASS,
@@ -78,10 +89,11 @@ class Engine:
         identity = make_identity(num_attention_heads=HEADS, num_key_value_heads=KV_HEADS)
         checked = TopThetaConfig.from_additional_config({"toptheta": options})
         plan = Plan(checked, identity)
+        plans.append(plan)
         monkeypatch.setattr(cpu.Plan, "from_vllm_config", lambda config: plan)
-        monkeypatch.setattr(cpu, "install_on_worker", lambda *args, **kwargs: None)
+        monkeypatch.setattr(model_runner, "install", lambda *args, **kwargs: None)
         monkeypatch.setattr(cpu, "get_tensor_model_parallel_rank", lambda: 0)
-        monkeypatch.setattr(cpu_step, "get_tp_group", lambda: SimpleNamespace(world_size=1))
+        monkeypatch.setattr(counts_module, "get_tp_group", lambda: SimpleNamespace(world_size=1))
         monkeypatch.setattr(cpu, "stock_prompts_are_faster", lambda *args: stock)
         heads = (HEADS, HEAD_DIM, HEAD_DIM**-0.5, KV_HEADS)
         with set_current_vllm_config(config):
@@ -92,7 +104,8 @@ class Engine:
         monkeypatch.setattr(
             cpu_attn, "get_num_attention_heads_from_layers", lambda config, names: HEADS
         )
-        spec = cpu.TopThetaCPUBackend.customize_spec(
+        sketch = cpu.TopThetaCPUSketchBackend if checked.k_sketch else cpu.TopThetaCPUBackend
+        spec = sketch.customize_spec(
             FullAttentionSpec(
                 block_size=BLOCK, num_kv_heads=KV_HEADS, head_size=HEAD_DIM, dtype=torch.float32
             )
@@ -101,16 +114,17 @@ class Engine:
 
     def step(self, batch: "Batch") -> tuple[cpu.TopThetaCPUMetadata, list[dict[str, int]]]:
         """Run both layers; the metadata, and the counts of every request."""
-        cpu.STEP_LOG.begin(object(), [], [])
-        metadata = self.builder.build(0, batch.common())
-        (counts,) = cpu.STEP_LOG.end()
+        running = model_runner.Engine()
+        with model_runner.running(object(), running):
+            metadata = self.builder.build(0, batch.common())
+        (counts,) = running.steps
         batch.out = []
         for impl in self.impls:
             cache = batch.cache(impl)
             out = torch.full_like(batch.query, math.nan)
             batch.out.append(impl.forward(LAYER, batch.query, None, None, cache, metadata, out))
-        rows = counts.totals().view(-1, len(FIELDS))[: len(batch.lens)].tolist()
-        return metadata, [dict(zip(FIELDS, row, strict=True)) for row in rows]
+        rows = counts.totals().view(-1, len(COLUMNS))[: len(batch.lens)].tolist()
+        return metadata, [dict(zip(COLUMNS, row, strict=True)) for row in rows]
 
 
 class Batch:
@@ -151,7 +165,7 @@ class Batch:
 
     def cache(self, impl: cpu.TopThetaCPUImpl) -> torch.Tensor:
         """Pages as the layer writes them."""
-        layout = PageLayout(BLOCK, HEAD_DIM)
+        layout = impl.layout
         kv_cache = torch.zeros(self.table.numel(), KV_HEADS, BLOCK, layout.content_elements)
         layout.v_means(kv_cache).fill_(math.nan)
         for table, key, value in zip(self.table.long(), self.keys, self.values, strict=True):
@@ -219,7 +233,7 @@ def check(
             assert found["rows_lifted"] == lifted
             assert found["dense_prefill"] == found["prefill_rows"] == found["keys_target"] == 0
         elif phases == "decode":
-            assert found == dict.fromkeys(FIELDS, 0) | {"dense_prefill": num_rows}
+            assert found == dict.fromkeys(COLUMNS, 0) | {"dense_prefill": num_rows}
         else:
             assert (found["prefill_rows"], found["prefill_keys_scored"]) == (
                 num_rows,
@@ -248,6 +262,35 @@ def test_mixed_batches(
     metadata, counts = engine.step(batch)
     check(batch, counts, phases, metadata)
     assert (metadata.prefill is not None) is (stock and phases == "decode")
+
+
+@pytest.mark.parametrize("compensation", [True, False])
+def test_pruned_decode_rows_scan_the_sketch_and_nothing_else_does(
+    monkeypatch: pytest.MonkeyPatch, vllm_config: VllmConfig, compensation: bool
+) -> None:
+    batches, counts = [], []
+    for sketch in (True, False):
+        engine = Engine(
+            monkeypatch,
+            vllm_config,
+            "both",
+            False,
+            k_sketch=sketch,
+            compensation=compensation,
+        )
+        batch = Batch(list(range(len(LENS))))
+        counts.append(engine.step(batch)[1])
+        batches.append(batch)
+        assert (engine.impls[0].layout.sketch is not None) is sketch
+    scanned, exact = (batch.out for batch in batches)
+    assert torch.equal(scanned[1], exact[1]), "a dense layer"
+    assert torch.equal(scanned[0][DECODES:], exact[0][DECODES:]), "prompts"
+    assert not torch.equal(scanned[0], exact[0])
+    # A key at the threshold, or a floor, may be decided otherwise.
+    assert ((scanned[0] - exact[0]).abs() > 0.02).double().mean() < 0.01
+    for of_sketch, of_keys in zip(*counts, strict=True):
+        assert of_sketch["keys_scored"] == of_keys["keys_scored"]
+        assert of_sketch["v_rows_read"] == pytest.approx(of_keys["v_rows_read"], rel=0.15)
 
 
 def test_without_compensation_nobody_writes_or_reads_means(
@@ -328,7 +371,7 @@ def test_amx_hosts_keep_stock_pages_prompts_and_dense_rows_on_cpu_attn_and_say_s
     engine.builder.isa = "vec"  # the processor here need not have AMX
     metadata, counts = engine.step(Batch([0, CHUNK]))
     assert metadata.prompts is None
-    assert counts[1] == dict.fromkeys(FIELDS, 0) | {"dense_prefill": 20 * HEADS * len(NAMES)}
+    assert counts[1] == dict.fromkeys(COLUMNS, 0) | {"dense_prefill": 20 * HEADS * len(NAMES)}
     assert [("CPU_ATTN" in line, "without pruning" in line) for line in lines] == [(True, True)]
 
 
@@ -338,9 +381,11 @@ def test_ranks_that_share_a_kv_head_count_its_v_rows_once(
     batch = Batch([0, CHUNK])
     engine = Engine(monkeypatch, vllm_config, "both", False)
     _, whole = engine.step(batch)
-    engine.builder.first_replica = False
+    engine.builder.units = RankHeads(HEADS, KV_HEADS, first_replica=False).units(
+        torch.device("cpu")
+    )
     _, other = engine.step(batch)
-    v_columns = {name for name in FIELDS if "v_" in name}
+    v_columns = {name for name in COLUMNS if "v_" in name}
     assert len(v_columns) == 4
     for before, after in zip(whole, other, strict=True):
         assert after == before | dict.fromkeys(v_columns, 0)
@@ -352,7 +397,7 @@ def test_counts_per_head_add_up_to_those_of_the_requests(
 ) -> None:
     engine = Engine(monkeypatch, vllm_config, "decode", True)
     _, counts = engine.step(Batch([0, 1, CHUNK]))
-    (heads,) = toptheta_heads()
+    (heads,) = toptheta_heads(SimpleNamespace(vllm_config=vllm_config))
     assert (heads["layers"], heads["first_head"], heads["rows"]) == ([0, 1], 0, [2, 2])
 
     def total(name: str) -> int:
@@ -373,7 +418,9 @@ def test_means_are_updated_in_steps_that_complete_a_group(
     engine, batch = Engine(monkeypatch, vllm_config, "decode", True), Batch([0, 1])
     updated: list[list[int]] = []
     monkeypatch.setattr(
-        cpu, "update_v_means", lambda cache, layout, slots, target: updated.append(slots.tolist())
+        cpu_layer,
+        "update_side_data",
+        lambda cache, layout, slots, target: updated.append(slots.tolist()),
     )
     cache = torch.zeros(4, KV_HEADS, BLOCK, PageLayout(BLOCK, HEAD_DIM).content_elements)
     key = value = torch.zeros(3, KV_HEADS, HEAD_DIM)
@@ -385,3 +432,21 @@ def test_means_are_updated_in_steps_that_complete_a_group(
         for impl in engine.impls:
             impl.do_kv_cache_update(LAYER, key, value, cache, slots)
     assert updated == [[GROUP - 1]] * len(NAMES) + [[3 * GROUP - 1]] * len(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("options", "native", "expected"),
+    [
+        ({}, True, True),
+        ({}, False, False),
+        ({"k_sketch": True}, False, True),
+        ({"k_sketch": False}, True, False),
+        ({"phases": "prefill"}, True, False),
+    ],
+)
+def test_pages_hold_the_sketch_where_the_native_kernels_scan_it(
+    options: dict[str, Any], native: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Availability("native", None) if native else Availability("eager", "none here")
+    monkeypatch.setattr(plan, "available_target", lambda: found)
+    assert plan.sketches_keys(TopThetaConfig.model_validate(options)) is expected

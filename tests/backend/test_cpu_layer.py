@@ -22,6 +22,7 @@ from vllm.v1.attention.backends.cpu_attn import (  # noqa: E402
 from vllm_toptheta.backend.cpu import GroupEnds, TopThetaCPUImpl, TopThetaCPUMetadata  # noqa: E402
 from vllm_toptheta.backend.cpu_step import DecodeStep  # noqa: E402
 from vllm_toptheta.backend.prompts import PromptStep  # noqa: E402
+from vllm_toptheta.kernels.decode import DecodeRows  # noqa: E402
 from vllm_toptheta.kernels.layout import UNCALIBRATED_WEIGHTS, PageLayout  # noqa: E402
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK, NUM_BLOCKS = 6, 2, 64, 32, 40
@@ -83,18 +84,18 @@ def bind(layer: TopThetaCPUImpl) -> PageLayout:
 def decode_step(table: torch.Tensor, lens: list[int], dense: bool) -> DecodeStep:
     """Rows that keep every key."""
     rows = len(lens)
-    return DecodeStep(
-        num_decodes=rows,
+    counted = (1, rows, KV_HEADS)
+    of_step = DecodeRows(
         block_table=table,
         seq_lens=torch.tensor(lens, dtype=torch.int32),
-        log_min_prob=torch.full((1, rows, KV_HEADS), -torch.inf),
+        log_min_prob=torch.full(counted, -torch.inf),
         min_mass=torch.zeros(rows),
         dense=torch.full((1, rows), dense),
-        num_kept=torch.empty((1, rows, KV_HEADS), dtype=torch.int32),
+        num_kept=torch.empty(counted, dtype=torch.int32),
         kept_mass=torch.empty(1, rows, HEADS),
-        lifts=torch.empty((1, rows, KV_HEADS), dtype=torch.int32),
-        stock=[None],
+        lifts=torch.empty(counted, dtype=torch.int32),
     )
+    return DecodeStep(rows, of_step, stock=[None])
 
 
 def prompt_step(table: torch.Tensor, dense: bool) -> PromptStep:
@@ -158,9 +159,9 @@ def test_layer_agrees_with_cpu_attn(
 
     assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5)
     visible = [min(length, window) if window > 0 else length for length in LENS[:2]]
-    assert decode.num_kept[0].tolist() == [[n] * KV_HEADS for n in visible]
-    torch.testing.assert_close(decode.kept_mass, torch.ones(1, 2, HEADS))
-    assert decode.lifts.tolist() == [[[0] * KV_HEADS] * 2]
+    assert decode.rows.num_kept[0].tolist() == [[n] * KV_HEADS for n in visible]
+    torch.testing.assert_close(decode.rows.kept_mass, torch.ones(1, 2, HEADS))
+    assert decode.rows.lifts.tolist() == [[[0] * KV_HEADS] * 2]
 
 
 def test_alibi_is_refused(vllm_config: VllmConfig) -> None:

@@ -10,13 +10,14 @@ import torch
 
 pytest.importorskip("vllm", reason="needs an installed vLLM")
 
+from asked import AskedDial  # noqa: E402
 from threshold_fixtures import make_identity, make_table  # noqa: E402
 
 from vllm_toptheta.backend.dial import REASONS, Dial, RowPlan  # noqa: E402
 from vllm_toptheta.backend.plan import Plan  # noqa: E402
 from vllm_toptheta.config import TopThetaConfig  # noqa: E402
 from vllm_toptheta.kernels.layout import RENORMALISE, UNCALIBRATED_WEIGHTS  # noqa: E402
-from vllm_toptheta.request_options import RequestOptions, Target, Targets  # noqa: E402
+from vllm_toptheta.requests import RequestOptions, Target, Targets  # noqa: E402
 from vllm_toptheta.threshold_store import FoundTable  # noqa: E402
 
 LAYERS, HEADS, KV_HEADS = 3, 4, 2
@@ -34,7 +35,7 @@ def make_plan(table: bool = True, offsets: bool = False, **options: object) -> P
 
 def make_dial(windows: list[int | None] | None = None, **options: Any) -> Dial:
     plan = make_plan(**options)
-    return Dial(plan, list(range(LAYERS)), windows or [None] * LAYERS, 0, HEADS)
+    return AskedDial(plan, list(range(LAYERS)), windows or [None] * LAYERS, 0, HEADS)
 
 
 def at_k(k: float, length: int) -> float:
@@ -257,19 +258,19 @@ def test_requests_may_name_a_k_exactly_where_there_is_a_table() -> None:
     ],
 )
 def test_means_are_kept_where_rows_read_them(options: dict[str, Any], needs: bool) -> None:
-    assert make_plan(**options).needs_means is needs
+    assert make_plan(**options).config.needs_means is needs
 
 
 def test_a_batch_of_the_same_requests_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
     dial = make_dial(min_kv_len=0)
     looked_up: list[Target] = []
-    of = Target.of
+    find = dial._curve_at_k
 
-    def count(self: Target, options: RequestOptions) -> Target:
-        looked_up.append(self)
-        return of(self, options)
+    def count(target: Target) -> torch.Tensor:
+        looked_up.append(target)
+        return find(target)
 
-    monkeypatch.setattr(Target, "of", count)
+    monkeypatch.setattr(dial, "_curve_at_k", count)
     options = {row: RequestOptions(k=20 + row / 4) for row in range(70)}
     for step in range(3):
         plan = dial.plan(torch.full((70,), 500 + step), dict(options))

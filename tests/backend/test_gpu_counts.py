@@ -22,8 +22,10 @@ from gpu_engine import (  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from triton_interpreter import needs_interpreter  # noqa: E402
 
+from vllm_toptheta.backend import counts as counts_module  # noqa: E402
 from vllm_toptheta.backend import step  # noqa: E402
-from vllm_toptheta.telemetry.counters import FIELDS, MASS_UNIT  # noqa: E402
+from vllm_toptheta.backend.heads import toptheta_heads  # noqa: E402
+from vllm_toptheta.kernels.columns import COLUMNS, MASS_UNIT  # noqa: E402
 
 pytestmark = needs_interpreter
 
@@ -36,13 +38,16 @@ def test_totals_count_every_row_once(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = Batch([70, 33, 15, 50, 40], [1, 1, 1, 1, 5], [False, False, False, True, True])
     metadata, counts = recorded_build(builder, batch.common())
     lists, lifted = torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
-    mass = torch.zeros(4)
+    mass, kept_by_layer, mass_by_layer = torch.zeros(4), [], []
     for layer, impl in enumerate(impls):
         output = run_layer(impl, batch, metadata, batch.case.query)
         result = batch.check(layer, output, metadata.rows, excluded=(3,))
         lists += result.num_kept[:4].sum(1)
         lifted += (result.lifts[:4] > 0).sum(1) * GROUP
         mass += result.kept_mass[:4].sum(1)
+        # The fourth is a prompt's.
+        kept_by_layer.append(result.num_kept[:3].sum(0).tolist())
+        mass_by_layer.append(result.kept_mass[:3].sum(0))
     totals = named_totals(counts)
     for seq, visible in enumerate([70 + 40 + 70, 33 * 3, 15 * 3]):
         assert totals[seq]["rows"] == 3 * HEADS
@@ -56,9 +61,15 @@ def test_totals_count_every_row_once(monkeypatch: pytest.MonkeyPatch) -> None:
         assert totals[seq]["dense_short"] == (2 * HEADS if seq == 2 else 0)
         assert totals[seq]["dense_prefill"] == 0
     assert lifted.any()
-    assert totals[3] == dict.fromkeys(FIELDS, 0) | {"dense_prefill": 3 * HEADS}
-    assert totals[4] == dict.fromkeys(FIELDS, 0) | {"dense_prefill": 5 * 3 * HEADS}
-    for name in FIELDS:
+    assert totals[3] == dict.fromkeys(COLUMNS, 0) | {"dense_prefill": 3 * HEADS}
+    assert totals[4] == dict.fromkeys(COLUMNS, 0) | {"dense_prefill": 5 * 3 * HEADS}
+    (heads,) = toptheta_heads(SimpleNamespace(vllm_config=builder.vllm_config))
+    assert (heads["layers"], heads["first_head"], heads["rows"]) == ([0, 1, 2], 0, [3] * 3)
+    assert heads["kept"] == kept_by_layer
+    assert heads["scored"] == [[n] * KV_HEADS for n in (70 + 33 + 15, 40 + 33 + 15, 70 + 33 + 15)]
+    for shown, wanted in zip(heads["kept_mass"], mass_by_layer, strict=True):
+        assert shown == pytest.approx(wanted.tolist(), rel=1e-5)
+    for name in COLUMNS:
         by_request, by_layer = totals[:5], totals[5:]
         assert sum(row[name] for row in by_request) == sum(row[name] for row in by_layer)
 
@@ -69,7 +80,7 @@ def test_totals_are_summed_over_ranks_on_the_device(monkeypatch: pytest.MonkeyPa
     _, counts = recorded_build(builder, Batch([70, 40], [1, 5]).common())
     alone = counts.totals()
     group = SimpleNamespace(world_size=2, device_group="devices")
-    monkeypatch.setattr(step, "get_tp_group", lambda: group)
+    monkeypatch.setattr(counts_module, "get_tp_group", lambda: group)
 
     def all_reduce(tensor: torch.Tensor, group: str) -> None:
         assert group == "devices"
@@ -98,5 +109,5 @@ def test_totals_are_few_launches_and_never_wait_for_the_device(
     with Watch():
         counts.totals()
     views = {"view", "_unsafe_view", "select", "slice"}
-    assert [name for name in ran if name not in views] == ["zeros", "sum", "sum", "cat"]
+    assert [name for name in ran if name not in views] == ["zeros", "sum", "sum", "cat", "mul"]
     assert len(counted) == 1

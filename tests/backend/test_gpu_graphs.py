@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from asked import resolve  # noqa: E402
 from gpu_engine import (  # noqa: E402
     HEADS,
     KV_HEADS,
@@ -28,11 +29,14 @@ from gpu_engine import (  # noqa: E402
 from triton_interpreter import needs_interpreter  # noqa: E402
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata  # noqa: E402
 
-from vllm_toptheta.backend import gpu  # noqa: E402
+from vllm_toptheta.hooks import model_runner  # noqa: E402
+from vllm_toptheta.kernels.columns import (  # noqa: E402
+    COLUMNS,  # noqa: E402
+    DENSE_LAYER,
+    DENSE_SHORT,
+)
 from vllm_toptheta.kernels.triton import decode  # noqa: E402
-from vllm_toptheta.kernels.triton.counts import DENSE_LAYER, DENSE_SHORT  # noqa: E402
-from vllm_toptheta.request_options import RequestOptions  # noqa: E402
-from vllm_toptheta.telemetry.counters import FIELDS  # noqa: E402
+from vllm_toptheta.requests import RequestOptions  # noqa: E402
 
 pytestmark = needs_interpreter
 
@@ -59,7 +63,8 @@ def test_a_replayed_graph_sees_the_next_step(monkeypatch: pytest.MonkeyPatch) ->
     assert {len(calls) for calls in captured.values()} == {1}
     common.seq_lens.copy_(torch.tensor([5, 64, 0, 0]))
     common.is_prefilling = torch.tensor([True, False, False, False])
-    monkeypatch.setattr(gpu, "row_options", lambda cam: {1: RequestOptions(min_prob=0.2)})
+    asked = resolve(builder.plan, {1: RequestOptions(min_prob=0.2)})
+    monkeypatch.setattr(model_runner, "row_options", lambda cam: asked)
     assert launched(builder.build(0, common)) == captured
     held = builder.tensors.held
     assert held.dense[0, :4].tolist() == [DENSE_LAYER, 0, DENSE_SHORT, DENSE_SHORT]
@@ -83,7 +88,7 @@ def test_padding_of_a_captured_batch_yields_zeros(monkeypatch: pytest.MonkeyPatc
     assert (output[2:] == 0).all()
     assert not stock
     counts = builder.counts(common, metadata, [])
-    assert named_totals(counts)[2:4] == [dict.fromkeys(FIELDS, 0)] * 2
+    assert named_totals(counts)[2:4] == [dict.fromkeys(COLUMNS, 0)] * 2
 
 
 @pytest.mark.parametrize("phases", ["decode", "both"])

@@ -1,6 +1,7 @@
 """V means behind K and V of vLLM's GPU pages: in every layout, and where layers differ."""
 
 import gc
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,12 +23,13 @@ from gpu_engine import (  # noqa: E402
     make_layer,
     stub_stock_kernels,
 )
-from torch.multiprocessing.reductions import StorageWeakRef  # noqa: E402
-from triton_interpreter import needs_interpreter  # noqa: E402
-from vllm.v1.core.kv_cache_utils import (  # noqa: E402
+from kv_cache_planning import (  # noqa: E402
     unify_hybrid_kv_cache_specs,
     unify_kv_cache_spec_page_size,
 )
+from torch.multiprocessing.reductions import StorageWeakRef  # noqa: E402
+from triton_interpreter import needs_interpreter  # noqa: E402
+from vllm.utils.torch_utils import canonicalize_singleton_dim_strides  # noqa: E402
 from vllm.v1.kv_cache_interface import (  # noqa: E402
     FullAttentionSpec,
     KVCacheConfig,
@@ -40,7 +42,8 @@ from vllm.v1.kv_cache_layout import KVCacheLayout  # noqa: E402
 from vllm.v1.worker.gpu.attn_utils import init_kv_cache  # noqa: E402
 from vllm.v1.worker.utils import allocate_kv_cache, clear_layer_kv_caches  # noqa: E402
 
-from vllm_toptheta.backend.gpu import TopThetaGPUBackend  # noqa: E402
+from vllm_toptheta.backend.gpu import TopThetaGPUBackend, TopThetaGPUBareBackend  # noqa: E402
+from vllm_toptheta.backend.gpu_stock import why_pages_do_not_suit  # noqa: E402
 from vllm_toptheta.backend.sidecar import check_room, pad_page, v_means_view  # noqa: E402
 
 LAYERS = ["first", "second"]
@@ -87,6 +90,24 @@ def test_parts_of_a_page_do_not_overlap(
         assert (part == number).all()
 
 
+@pytest.mark.parametrize("layout", TopThetaGPUBackend.supported_kv_cache_layouts(), ids=str)
+@pytest.mark.parametrize("num_kv_heads", [1, 3])
+def test_flash_attention_gets_the_pages_whose_parts_are_aligned(
+    layout: KVCacheLayout, num_kv_heads: int
+) -> None:
+    """All addresses and strides of K and V, as vLLM allocates them and FlashAttention sees them."""
+    plain = pad_page(spec_of(num_kv_heads=num_kv_heads))
+    for more in (0, 2, 8, 16, 24, 160):
+        spec = replace(plain, page_size_padded=plain.page_size_bytes + more)
+        sizes = []
+        for cache in allocate(spec, layout):
+            for part in cache.transpose(1, 2).split(spec.head_size, dim=-1):
+                part = canonicalize_singleton_dim_strides(part)
+                sizes += [part.data_ptr(), *(2 * stride for stride in part.stride()[:-1])]
+        problem = why_pages_do_not_suit(spec)
+        assert (problem is None) == (more % 16 == 0) == all(size % 16 == 0 for size in sizes)
+
+
 def test_its_memory_is_in_the_page() -> None:
     plain = spec_of(block_size=128, head_size=128, num_kv_heads=8)
     padded = pad_page(plain)
@@ -103,10 +124,11 @@ def test_a_question_about_one_token_gets_the_plain_answer() -> None:
 def test_what_cannot_work_is_refused() -> None:
     with pytest.raises(ValueError, match="block_size must be a multiple of 16, got 8"):
         pad_page(spec_of(block_size=8))
-    with pytest.raises(ValueError, match="K and V of one width"):
-        pad_page(spec_of(head_size_v=64))
-    with pytest.raises(ValueError, match="kv-cache-dtype"):
-        pad_page(spec_of(state_content_bytes=300))
+    for customize in (pad_page, TopThetaGPUBareBackend.customize_spec):
+        with pytest.raises(ValueError, match="K and V of one width"):
+            customize(spec_of(head_size_v=64))
+        with pytest.raises(ValueError, match="kv-cache-dtype"):
+            customize(spec_of(state_content_bytes=300))
     unpadded = allocate(spec_of(), KVCacheLayout.LBNHC)
     with pytest.raises(RuntimeError, match="has no room for V means"):
         v_means_view(unpadded[0], torch.bfloat16)

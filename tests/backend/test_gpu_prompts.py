@@ -19,11 +19,29 @@ from gpu_engine import (  # noqa: E402
 )
 from triton_interpreter import needs_interpreter  # noqa: E402
 
-from vllm_toptheta.telemetry.counters import FIELDS, MASS_UNIT  # noqa: E402
+from vllm_toptheta.kernels.columns import COLUMNS, MASS_UNIT  # noqa: E402
 
 pytestmark = needs_interpreter
 
 GROUP = HEADS // KV_HEADS
+
+
+def test_prompts_before_single_tokens_are_pruned_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The V2 runner puts requests that verify drafts first."""
+    stub_stock_kernels(monkeypatch)
+    builder, impls = make_builder(monkeypatch, phases="both")
+    batch = Batch([90, 70, 65, 60], [3, 1, 1, 9], [False, False, True, True])
+    metadata, counts = recorded_build(builder, batch.common())
+    assert [part.tokens for part in metadata.rows.prompts] == [slice(0, 3), slice(5, 14)]
+    lists = torch.zeros(14)
+    for layer, impl in enumerate(impls):
+        output = run_layer(impl, batch, metadata, batch.case.query)
+        lists += batch.check(layer, output, metadata.rows).num_kept.sum(1)
+    totals = named_totals(counts)
+    assert totals[1]["rows"] == 3 * HEADS
+    assert totals[1]["keys_kept"] == lists[3] * GROUP
+    for seq, tokens in ((0, slice(0, 3)), (2, slice(4, 5)), (3, slice(5, 14))):
+        assert totals[seq]["prefill_keys_kept"] == lists[tokens].sum() * GROUP
 
 
 @pytest.mark.parametrize("phases", ["prefill", "both"])
@@ -65,5 +83,5 @@ def test_prompts_are_pruned_where_the_phases_say_so(
     # Single tokens take the decode kernel, which reads rows instead of tiles.
     assert totals[1]["prefill_v_tiles"] == totals[1]["prefill_v_tiles_read"] == 0
     assert totals[1]["prefill_keys_scored"] == (65 + WINDOW + 65) * HEADS
-    for name in FIELDS:
+    for name in COLUMNS:
         assert sum(row[name] for row in totals[:4]) == sum(row[name] for row in totals[4:])

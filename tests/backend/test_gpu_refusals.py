@@ -9,6 +9,7 @@ pytest.importorskip("vllm", reason="needs an installed vLLM")
 pytest.importorskip("triton")
 
 import torch  # noqa: E402
+import vllm.platforms  # noqa: E402
 from gpu_engine import (  # noqa: E402
     HEAD_DIM,
     HEADS,
@@ -20,16 +21,21 @@ from gpu_engine import (  # noqa: E402
     make_groups,
     make_layer,
 )
+from threshold_fixtures import make_identity  # noqa: E402
 from triton_interpreter import needs_interpreter  # noqa: E402
 from vllm.config import set_current_vllm_config  # noqa: E402
 from vllm.model_executor.layers.attention.chunked_local_attention import (  # noqa: E402
     create_chunked_local_attention_backend,
 )
 from vllm.v1.attention.backends.utils import create_fast_prefill_custom_backend  # noqa: E402
+from vllm.v1.attention.selector import AttentionSelectorConfig  # noqa: E402
 from vllm.v1.kv_cache_layout import KVCacheLayout  # noqa: E402
 
-from vllm_toptheta.backend import gpu  # noqa: E402
+from vllm_toptheta import registration  # noqa: E402
+from vllm_toptheta.backend import gpu, plan  # noqa: E402
 from vllm_toptheta.backend.gpu import TopThetaGPUBackend, TopThetaGPUImpl  # noqa: E402
+from vllm_toptheta.config import TopThetaConfig  # noqa: E402
+from vllm_toptheta.hooks import platform  # noqa: E402
 
 pytestmark = needs_interpreter
 
@@ -42,6 +48,15 @@ def test_what_the_kernels_lack_is_refused() -> None:
         pytest.raises(ValueError, match="chunked attention"),
     ):
         TopThetaGPUImpl(HEADS, HEAD_DIM, 1.0, KV_HEADS, None, None, "auto", chunk_lookback=1)
+
+
+def test_a_sketch_of_k_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    options = TopThetaConfig(k_sketch=True)
+    with pytest.raises(ValueError, match="'k_sketch' = true, but only the CPU kernels"):
+        plan.Plan(options, make_identity()).check()
+    plan.Plan(TopThetaConfig(), make_identity()).check()
+    assert not plan.sketches_keys(TopThetaConfig())
 
 
 @pytest.mark.parametrize(
@@ -136,11 +151,47 @@ def test_blocks_hold_whole_groups_unless_asked_otherwise() -> None:
     assert not TopThetaGPUBackend.supports_block_size(8)
 
 
-def test_the_platform_chooses_the_class(monkeypatch: pytest.MonkeyPatch) -> None:
-    import vllm.platforms
-    from vllm.utils.import_utils import resolve_obj_by_qualname
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({}, "TopThetaGPUBackend"),
+        ({"compensation": False}, "TopThetaGPUBareBackend"),
+        ({"compensation": False, "phases": "both"}, "TopThetaGPUBackend"),
+    ],
+)
+def test_options_choose_the_class(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], name: str
+) -> None:
+    ours, another = registration.GPU_BACKEND_PATH, "another.Backend"
 
-    from vllm_toptheta.backend import registration
+    class Platform:
+        chosen = ours
+
+        def is_cpu(self) -> bool:
+            return False
+
+        @classmethod
+        def get_attn_backend_cls(
+            cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
+        ) -> str:
+            return cls.chosen
+
+    monkeypatch.setattr(vllm.platforms, "current_platform", Platform())
+    platform.look_up().wrap()
+    member = SimpleNamespace(
+        name="TOPTHETA", get_path=lambda: ours, get_class=lambda: TopThetaGPUBackend
+    )
+    layer = AttentionSelectorConfig(64, torch.bfloat16, "auto", None)
+    with set_current_vllm_config(configure(**options)):
+        path = Platform.get_attn_backend_cls(member, attn_selector_config=layer, num_heads=4)
+        assert path.rpartition(".")[2] == name
+        Platform.chosen = another
+        assert Platform.get_attn_backend_cls(member, layer) == another
+        assert Platform.get_attn_backend_cls(None, layer) == another
+
+
+def test_the_platform_chooses_the_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.utils.import_utils import resolve_obj_by_qualname
 
     assert registration.backend_path() == registration.CPU_BACKEND_PATH
     monkeypatch.setattr(vllm.platforms, "current_platform", SimpleNamespace(is_cpu=lambda: False))

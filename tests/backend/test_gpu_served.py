@@ -15,6 +15,9 @@ import torch  # noqa: E402
 from e2e.conftest import ONE_THREAD, generate, toptheta  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
+from vllm_toptheta.model_identity import ModelIdentity  # noqa: E402
+from vllm_toptheta.serving.routes import merge_heads  # noqa: E402
+
 pytestmark = pytest.mark.e2e
 
 RUNNER = Path(__file__).parent.parent / "e2e" / "v2_runner"
@@ -37,6 +40,19 @@ denominators of rows behind the first 64 differ a little, and with them a few ke
 Answers = list[list[dict[str, Any]]]
 
 
+CONFIG = LlamaConfig(
+    vocab_size=128,
+    hidden_size=256,
+    intermediate_size=128,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=HEADS,
+    num_key_value_heads=2,
+    head_dim=64,
+    # Large weights make attention peaked, so that thresholds have something to separate.
+    initializer_range=0.2,
+)
+
+
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Answers, Answers]:
     """What a tiny model says with the CPU backend and with the GPU backend: with dense prompts, and
@@ -44,19 +60,9 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Answers, Answers]
     """
     folder = tmp_path_factory.mktemp("llama")
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=256,
-        intermediate_size=128,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=2,
-        head_dim=64,
-        # Large weights make attention peaked, so that thresholds have something to separate.
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    LlamaForCausalLM(CONFIG).save_pretrained(folder / "model")
     options = {"thresholds": "none", "min_prob": 0.02, "min_mass": 0.95, "min_kv_len": 32}
+    options["k_sketch"] = False  # which the GPU has not
     common = {"dtype": "float16", "block_size": 32, "max_num_seqs": 3}
     engines = [
         {**common, **toptheta(**options)},
@@ -90,6 +96,23 @@ def test_counts_are_the_same(answers: tuple[Answers, Answers]) -> None:
     assert shown["rows"] == (TOKENS - 1) * LAYERS * HEADS
     assert shown["keys_kept"] < 0.6 * shown["keys_scored"]
     assert shown["rows_lifted"] > 0
+
+
+def test_the_page_shows_the_same_heads(answers: tuple[Answers, Answers]) -> None:
+    model = ModelIdentity.from_config(CONFIG)
+    for number in range(2):
+        (((expected,),), ((found,),)) = (device[number][0]["heads"] for device in answers)
+        exact = number == 0  # of pruned prompts K and V differ a little
+        for name in ("layers", "first_head", "rows", "scored", *(["kept"] if exact else [])):
+            assert found[name] == expected[name], name
+        assert found["rows"] == [len(LENGTHS) * (TOKENS - 1)] * LAYERS
+        grids = [merge_heads([[part]], model) for part in (expected, found)]
+        shares, wanted = (torch.tensor(grid["kept_mass"]) for grid in reversed(grids))
+        assert shares.shape == (LAYERS, HEADS)
+        torch.testing.assert_close(shares, wanted, rtol=ROUNDING if exact else TILES, atol=0)
+        read = sum(cell[0] for layer in grids[1]["v_rows"] for cell in layer)
+        answered = (answer["summary"]["toptheta"] for answer in answers[1][number])
+        assert read == sum(answer["v_rows_read"] for answer in answered)
 
 
 def test_counts_of_pruned_prompts_are_the_same(answers: tuple[Answers, Answers]) -> None:

@@ -9,6 +9,7 @@ pytest.importorskip("vllm", reason="needs an installed vLLM")
 pytest.importorskip("triton")
 
 import torch  # noqa: E402
+from asked import resolve  # noqa: E402
 from gpu_engine import (  # noqa: E402
     HEADS,
     KV_HEADS,
@@ -21,17 +22,19 @@ from gpu_engine import (  # noqa: E402
 )
 from triton_interpreter import needs_interpreter  # noqa: E402
 
-from vllm_toptheta.backend import gpu, gpu_tensors  # noqa: E402
+from vllm_toptheta.backend import gpu_tensors  # noqa: E402
 from vllm_toptheta.backend.dial import Dial, RowPlan  # noqa: E402
 from vllm_toptheta.backend.prompts import plan_prompts  # noqa: E402
-from vllm_toptheta.kernels.triton.counts import (  # noqa: E402
+from vllm_toptheta.hooks import model_runner  # noqa: E402
+from vllm_toptheta.kernels.columns import (  # noqa: E402
     DENSE_LAYER,
     DENSE_NONE,
     DENSE_ROW,
     DENSE_SHORT,
     DENSE_WINDOW,
+    UNITS,
 )
-from vllm_toptheta.request_options import RequestOptions  # noqa: E402
+from vllm_toptheta.requests import RequestOptions  # noqa: E402
 from vllm_toptheta.thresholds import ThresholdTable  # noqa: E402
 
 pytestmark = needs_interpreter
@@ -73,11 +76,12 @@ def test_single_tokens_get_what_the_cpu_backend_gives_them(
     asked = dict(ASKED)
     if "k" in options:
         asked[4] = RequestOptions(k=7.5)
-    monkeypatch.setattr(gpu, "row_options", lambda cam: asked)
+    resolved = resolve(builder.plan, asked)
+    monkeypatch.setattr(model_runner, "row_options", lambda cam: resolved)
     batch = Batch([180, 170, 100, 90, 140, 7], [1] * 6)
     metadata, counts = recorded_build(builder, batch.common())
     dial = Dial(builder.plan, [0, 1, 2], list(WINDOWS), 0, HEADS)
-    wanted = dial.plan(batch.case.seq_lens, asked)
+    wanted = dial.plan(batch.case.seq_lens, resolved)
     found = metadata.rows.tensors
     assert torch.equal(found.dense.long(), codes(wanted))
     pruned = found.dense == DENSE_NONE
@@ -114,7 +118,8 @@ def test_prompts_are_planned_and_counted_as_on_the_cpu(
     builder, _ = make_builder(monkeypatch, **({"phases": "both"} | ENGINES[name]))
     batch = Batch([180, 60, 50], [30, 9, 2])
     asked = {1: RequestOptions(min_prob=0.2), 2: RequestOptions(pruning=False)}
-    monkeypatch.setattr(gpu, "row_options", lambda cam: asked)
+    resolved = resolve(builder.plan, asked)
+    monkeypatch.setattr(model_runner, "row_options", lambda cam: resolved)
     metadata, counts = recorded_build(builder, batch.common())
     ours, common = metadata.rows, batch.common()
     theirs = plan_prompts(
@@ -122,10 +127,10 @@ def test_prompts_are_planned_and_counted_as_on_the_cpu(
         common.block_table_tensor,
         common.query_start_loc_cpu,
         common.seq_lens,
-        asked,
+        resolved,
         HEADS,
     )
-    assert torch.equal(ours.prompt_starts, theirs.query_start_loc)
+    assert torch.equal(ours.prompts[0].starts, theirs.query_start_loc)
     found = ours.tensors
     assert torch.equal(found.dense.bool(), theirs.dense)
     assert theirs.dense.any()
@@ -142,14 +147,17 @@ def test_prompts_are_planned_and_counted_as_on_the_cpu(
     theirs.kept_mass.fill_(0.5)
     found.kept_mass.fill_(0.5)
     expected = theirs.counts()
+    unit_of = dict(zip(UNITS, builder.tensors.units.tolist(), strict=True))
     for seq, row in enumerate(named_totals(counts)[:3]):
         counted = {column: row[column] for column in expected}
-        assert counted == {c: int(values[:, seq].sum()) for c, values in expected.items()}
+        wanted = {c: int(values[:, seq].sum()) * unit_of[c] for c, values in expected.items()}
+        assert counted == wanted
 
 
 def test_settings_are_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A request's numbers take a table, and every step has its rows."""
     builder, _ = make_builder(monkeypatch, thresholds=table(), k=16)
+    asked = resolve(builder.plan, {0: RequestOptions(k=20)})
     tables = itertools.count()
     original = type(builder.plan.table).curve_at_k
 
@@ -158,7 +166,7 @@ def test_settings_are_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return original(self, k)
 
     monkeypatch.setattr(type(builder.plan.table), "curve_at_k", curve_at_k)
-    monkeypatch.setattr(gpu, "row_options", lambda cam: {0: RequestOptions(k=20)})
+    monkeypatch.setattr(model_runner, "row_options", lambda cam: asked)
     for _ in range(3):
         builder.build(0, Batch([70, 70], [1, 1]).common())
     assert next(tables) == 1
@@ -183,7 +191,8 @@ def test_ranks_that_share_a_kv_head_count_it_once(
         num_units=1,
         device=torch.device("cpu"),
     )
-    assert of_rank.counts_kv_heads == (rank % 2 == 0)
+    v_rows = of_rank.units[list(UNITS).index("v_rows_read")]
+    assert bool(v_rows) == (rank % 2 == 0)
     kv_head = rank // (HEADS // KV_HEADS)
     assert torch.equal(of_rank.weights[:, 0], held.weights[:2, rank])
     seq_lens = torch.tensor([90, 70], dtype=torch.int32)

@@ -8,17 +8,22 @@ import torch
 
 pytest.importorskip("vllm", reason="needs an installed vLLM")
 
+from asked import AskedDial  # noqa: E402
 from threshold_fixtures import make_identity, make_table  # noqa: E402
 
+from vllm_toptheta.backend.counts import RankHeads  # noqa: E402
 from vllm_toptheta.backend.dial import Dial  # noqa: E402
 from vllm_toptheta.backend.plan import Plan  # noqa: E402
 from vllm_toptheta.backend.prompts import PromptStep, plan_prompts  # noqa: E402
 from vllm_toptheta.config import TopThetaConfig  # noqa: E402
-from vllm_toptheta.request_options import RequestOptions  # noqa: E402
+from vllm_toptheta.kernels.columns import COLUMNS  # noqa: E402
+from vllm_toptheta.requests import RequestOptions  # noqa: E402
 from vllm_toptheta.threshold_store import FoundTable  # noqa: E402
 
 LAYERS, HEADS, KV_HEADS = 2, 4, 2
 LENS, QUERY_LENS = [300, 90, 200], [70, 90, 1]
+of_rank = RankHeads(HEADS, KV_HEADS, first_replica=True)
+UNIT_OF = dict(zip(COLUMNS, of_rank.units(torch.device("cpu")).tolist(), strict=True))
 
 
 def make_dial(windows: list[int | None] | None = None, **options: object) -> Dial:
@@ -26,7 +31,7 @@ def make_dial(windows: list[int | None] | None = None, **options: object) -> Dia
     config = TopThetaConfig.from_additional_config({"toptheta": given})
     identity = make_identity()
     plan = Plan(config, identity, FoundTable(make_table(identity), Path("table")))
-    return Dial(plan, list(range(LAYERS)), windows or [None] * LAYERS, 0, HEADS)
+    return AskedDial(plan, list(range(LAYERS)), windows or [None] * LAYERS, 0, HEADS)
 
 
 def plan_step(dial: Dial, options: dict[int, RequestOptions] | None = None) -> PromptStep:
@@ -87,9 +92,9 @@ def test_what_another_kernel_keeps_is_every_visible_key() -> None:
     step = plan_step(make_dial([None, 150]))
     step.keep_all()
     counts = step.counts()
-    assert (counts["prefill_keys_kept"] == counts["prefill_keys_scored"]).all()
-    assert (counts["prefill_v_tiles_read"] == counts["prefill_v_tiles"]).all()
-    assert (counts["prefill_kept_mass"] == counts["prefill_rows"] * 10**6).all()
+    assert (counts["prefill_keys_kept"] == counts["prefill_keys_scored"] * KV_HEADS).all()
+    assert (counts["prefill_v_tiles_read"] == counts["prefill_v_tiles"] * KV_HEADS).all()
+    assert (counts["prefill_kept_mass"] == counts["prefill_rows"] * HEADS * 10**6).all()
     assert counts["prefill_keys_scored"][1].sum() < counts["prefill_keys_scored"][0].sum()
 
 
@@ -108,7 +113,7 @@ def test_counts_are_sums_over_the_tokens_of_a_prompt(window: int | None) -> None
         for layer in range(LAYERS):
             limit = (window if layer else None) or 10**6
             seen = [(max(n - limit, 0), n) for n in range(length - query_len + 1, length + 1)]
-            found = {name: int(values[layer, prompt]) for name, values in counts.items()}
+            found = {n: int(values[layer, prompt]) * UNIT_OF[n] for n, values in counts.items()}
             assert found == {
                 "dense_prefill": HEADS * sum(int(step.dense[layer, row]) for row in rows),
                 "prefill_rows": HEADS * query_len,
@@ -118,7 +123,8 @@ def test_counts_are_sums_over_the_tokens_of_a_prompt(window: int | None) -> None
                 "prefill_v_tiles": KV_HEADS
                 * sum(len({key // 64 for key in range(begin, end)}) for begin, end in seen),
                 "prefill_v_tiles_read": int(step.v_tiles_read[layer, rows.start : rows.stop].sum()),
-                "prefill_kept_mass": round(
-                    step.kept_mass[layer, rows.start : rows.stop].double().sum().item() * 10**6
+                "prefill_kept_mass": pytest.approx(
+                    step.kept_mass[layer, rows.start : rows.stop].double().sum().item() * 10**6,
+                    rel=1e-6,
                 ),
             }

@@ -22,6 +22,7 @@ from vllm.v1.worker.utils import allocate_kv_cache  # noqa: E402
 from vllm_toptheta.backend.cpu import TopThetaCPUBackend  # noqa: E402
 from vllm_toptheta.backend.sidecar import check_page, enlarge_page, kernel_block_size  # noqa: E402
 from vllm_toptheta.kernels.layout import PageLayout  # noqa: E402
+from vllm_toptheta.kernels.sketch import page_views  # noqa: E402
 
 
 def spec_of(**kwargs: Any) -> FullAttentionSpec:
@@ -36,6 +37,22 @@ def test_the_page_grows_by_one_v_row_per_group(block_size: int, share: float) ->
     assert enlarged.page_size_bytes == plain.page_size_bytes * (1 + share)
     assert enlarge_page(enlarged) == enlarged
     check_page(enlarged, PageLayout(block_size, 64))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_size", "share"),
+    [
+        (torch.bfloat16, 64, 0.27),
+        (torch.bfloat16, 128, 0.265),
+        (torch.float32, 64, 0.14),
+        (torch.float32, 128, 0.14),
+    ],
+)
+def test_a_sketch_takes_a_quarter_more(dtype: torch.dtype, head_size: int, share: float) -> None:
+    plain = enlarge_page(spec_of(head_size=head_size, dtype=dtype))
+    sketched = enlarge_page(spec_of(head_size=head_size, dtype=dtype), sketch=True)
+    assert sketched.page_size_bytes / plain.page_size_bytes - 1 == pytest.approx(share, abs=0.01)
+    check_page(sketched, PageLayout(128, head_size, sketch=dtype))
 
 
 def test_a_block_that_changed_afterwards_is_refused_where_its_groups_are_smaller() -> None:
@@ -60,7 +77,7 @@ def test_k_and_v_of_different_widths_are_refused() -> None:
 @pytest.mark.parametrize("head_size", [64, 80, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_parts_of_an_allocated_cache_do_not_overlap(head_size: int, dtype: torch.dtype) -> None:
-    spec = enlarge_page(spec_of(head_size=head_size, dtype=dtype))
+    spec = enlarge_page(spec_of(head_size=head_size, dtype=dtype), sketch=True)
     layers, num_blocks = ["first", "second"], 5
     size = spec.page_size_bytes * num_blocks
     config = KVCacheConfig(
@@ -73,11 +90,12 @@ def test_parts_of_an_allocated_cache_do_not_overlap(head_size: int, dtype: torch
         kv_cache_groups=[KVCacheGroupSpec(layers, spec)],
     )
     caches = allocate_kv_cache(config, torch.device("cpu"), KVCacheLayout.LBHNC)
-    layout = PageLayout(spec.block_size, head_size)
+    layout = PageLayout(spec.block_size, head_size, sketch=dtype)
 
     def parts() -> list[torch.Tensor]:
         parts = (layout.keys, layout.values, layout.v_means)
-        return [part(cache) for cache in caches.values() for part in parts]
+        found = [part(cache) for cache in caches.values() for part in parts]
+        return found + [part for cache in caches.values() for part in page_views(cache, layout)]
 
     for number, part in enumerate(parts()):
         part.fill_(number)

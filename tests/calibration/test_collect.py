@@ -4,16 +4,16 @@ the products are those of the terms.
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import CONFIGS, random_documents, tiny_model
+from tiny_models import CONFIGS, collect, random_documents, tiny_model
 from transformers import PreTrainedModel
 
 from vllm_toptheta.calibration.attention import (
     AttentionCall,
     dense_attention,
-    replaced_attention,
     row_chunks,
 )
 from vllm_toptheta.calibration.collect import (
@@ -22,7 +22,10 @@ from vllm_toptheta.calibration.collect import (
     LOWEST_LOG_PROB,
     AttentionStatistics,
     Collector,
+    Share,
+    merge,
 )
+from vllm_toptheta.evaluation.model import replaced_attention
 from vllm_toptheta.kernels.reference import compensated_output, select, softmax
 
 LENGTH = 600
@@ -47,12 +50,11 @@ def empty(name: str) -> AttentionStatistics:
     )
 
 
-def collect(name: str, documents: int = 1) -> tuple[AttentionStatistics, list[torch.Tensor]]:
+def collected(name: str, documents: int = 1) -> tuple[AttentionStatistics, list[torch.Tensor]]:
     """Statistics, and the rows sampled from the last document."""
-    statistics = empty(name)
-    collector = Collector(wide_model(name), statistics, MIN_PROB)
-    collector.run(random_documents(documents, LENGTH))
-    return statistics, collector._sample
+    texts = random_documents(documents, LENGTH)
+    collector = collect(wide_model(name), texts, empty(name), MIN_PROB)
+    return collector.statistics, collector._sample
 
 
 def calls(name: str) -> list[AttentionCall]:
@@ -77,7 +79,7 @@ def kept_above(statistics: AttentionStatistics, log_prob: float) -> torch.Tensor
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_counts_are_those_of_the_rule(name: str) -> None:
-    statistics, sample = collect(name)
+    statistics, sample = collected(name)
     assert [rows.numel() for rows in sample] == [37, 64, 64]
     for call in calls(name):
         num_kv_heads = call.key.shape[1]
@@ -95,7 +97,7 @@ def test_counts_are_those_of_the_rule(name: str) -> None:
 
 
 def test_rows_and_their_lengths() -> None:
-    statistics, sample = collect("llama", documents=3)
+    statistics, sample = collected("llama", documents=3)
     assert statistics.rows.tolist() == [111, 192, 192]
     assert statistics.fit_rows == 384
     assert statistics.num_tokens == 3 * LENGTH
@@ -110,7 +112,7 @@ def test_rows_and_their_lengths() -> None:
 @pytest.mark.parametrize("name", ["llama", "gemma3-mixed-windows", "gpt-oss-sinks"])
 @torch.inference_mode()
 def test_products_are_those_of_the_terms(name: str) -> None:
-    statistics, sample = collect(name)
+    statistics, sample = collected(name)
     weights = torch.tensor([0.7, 0.2, -0.5, 0.4, 0.3])
     rows = torch.cat(sample[-2:])
     for call in calls(name):
@@ -155,3 +157,64 @@ def test_chunks_cover_the_rows_and_start_at_long_groups(window: int | None) -> N
 def test_documents_too_short() -> None:
     with pytest.raises(ValueError, match="length 200 is too short, expected at least 256"):
         AttentionStatistics.empty(2, 4, 2, 200)
+
+
+@torch.inference_mode()
+def ranks(name: str, number: int) -> list[Share]:
+    """What tensor-parallel ranks collect; each has some heads."""
+    shares = []
+    for rank in range(number):
+        seen = calls(name)
+        heads = seen[0].num_heads // number
+        kv_heads = max(1, seen[0].key.shape[1] // number)
+        statistics = AttentionStatistics.empty(len(seen), heads, kv_heads, LENGTH)
+        collector = Collector(statistics, MIN_PROB)
+        collector.start_document(LENGTH)
+        own = slice(rank * heads, (rank + 1) * heads)
+        first = rank * heads * seen[0].key.shape[1] // seen[0].num_heads
+        kv = slice(first, first + kv_heads)
+        for call in seen:
+            sinks = None if call.sinks is None else call.sinks[own]
+            mine = {"query": call.query[:, own], "key": call.key[:, kv], "value": call.value[:, kv]}
+            collector.add(replace(call, **mine, sinks=sinks))
+        shares.append(Share(rank, [call.layer for call in seen], statistics))
+    return shares
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt-oss-sinks"])
+def test_ranks_together_are_one(name: str) -> None:
+    whole, _ = collected(name)
+    heads = whole.moment.shape[1]
+    together = merge(ranks(name, 2), heads, whole.count.shape[1])
+    assert together.windows == whole.windows
+    assert (together.fit_rows, together.num_tokens) == (whole.fit_rows, whole.num_tokens)
+    for field in ("edges", "rows", "row_tokens", "count"):
+        torch.testing.assert_close(getattr(together, field), getattr(whole, field), rtol=0, atol=1)
+    for field in ("gram", "moment", "dense", "kept_mass"):
+        torch.testing.assert_close(
+            getattr(together, field), getattr(whole, field), rtol=1e-4, atol=1e-4
+        )
+
+
+def test_ranks_that_share_a_kv_head_count_what_each_keeps() -> None:
+    shares = ranks("llama-mqa", 2)
+    together = merge(shares, 4, 1)
+    parts = [share.statistics.count for share in shares]
+    assert not torch.equal(*parts)
+    torch.testing.assert_close(together.count, (parts[0] + parts[1]) / 2)
+
+
+def test_stages_have_their_own_layers() -> None:
+    (whole,) = ranks("llama", 1)
+    stages = []
+    for layer in range(2):
+        part = copy.deepcopy(whole.statistics)
+        for field in ("count", "gram", "moment", "dense", "kept_mass"):
+            getattr(part, field)[1 - layer] = 0
+        part.windows = [None, None]
+        part.windows[layer] = layer + 1
+        stages.append(Share(0, [layer], part))
+    together = merge(stages, 4, 2)
+    assert together.windows == [1, 2]
+    assert torch.equal(together.count, whole.statistics.count)
+    assert torch.equal(together.rows, whole.statistics.rows)

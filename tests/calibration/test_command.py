@@ -3,21 +3,23 @@ are read.
 """
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from tiny_models import tiny_model, tiny_tokenizer
+from tiny_families import REFUSED, SERVED, save_checkpoint
+from tiny_models import tiny_tokenizer
 
 from vllm_toptheta import cli
-from vllm_toptheta.calibration import calibrate, collect
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("org") / "tiny"
-    model = tiny_model()
-    model.config.max_position_embeddings = 512
-    model.save_pretrained(folder)
+    folder = save_checkpoint(SERVED["qwen2"], tmp_path_factory.mktemp("org") / "tiny")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
     tiny_tokenizer().save_pretrained(folder)
     return folder
 
@@ -29,62 +31,70 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading weights is a mistake."""
-
-    def fail(*_: object, **__: object) -> None:
-        raise AssertionError("weights were read")
-
-    monkeypatch.setattr(calibrate.AutoModelForCausalLM, "from_pretrained", fail)
+def run(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    env = {"TOPTHETA_HOME": str(home), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    return subprocess.run(
+        [sys.executable, "-m", "vllm_toptheta.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, **env, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
 
 
 def test_calibrate_and_inspect(
-    checkpoint: Path,
-    text: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("TOPTHETA_HOME", str(tmp_path))
-    small = ["--text", str(text), "--length", "256", "--tokens", "512", "--name", "org/tiny"]
-    assert cli.main(["calibrate", str(checkpoint), *small]) == 0
-    table = tmp_path / "thresholds" / "org--tiny" / "256.safetensors"
-    assert table.is_file()
+    small = ["--text", str(text), "--tokens", "512", "--name", "org/tiny"]
+    flags = ["--dtype", "float32", "--port", "1", "--attention-backend", "toptheta"]
+    done = run(tmp_path, "calibrate", str(checkpoint), *small, "--", *flags)
+    table = tmp_path / "thresholds" / "org--tiny" / "511.safetensors"
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"wrote {table}: k ")
+    told = "documents of 511 tokens instead of 4096: the model's positions"
+    assert told in done.stderr.splitlines()
     assert str(tmp_path).encode() not in table.read_bytes()
 
-    capsys.readouterr()
     assert cli.main(["inspect", str(table), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["metadata"]["identity"]["name"] == "org/tiny"
+    metadata = json.loads(capsys.readouterr().out)["metadata"]
+    assert metadata["identity"]["name"] == "org/tiny"
+    assert metadata["length"] == 511
     assert cli.main(["inspect", str(table)]) == 0
     assert "toptheta calibrate org/tiny --text text.txt --tokens 512" in capsys.readouterr().out
 
 
-def test_documents_end_where_the_models_positions_do(
-    checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "table.safetensors"
-    arguments = ["--text", str(text), "--tokens", "512", "--out", str(out)]
-    assert cli.main(["calibrate", str(checkpoint), *arguments]) == 0
-    told = capsys.readouterr().err.splitlines()[0]
-    assert told == "documents of 512 tokens instead of 4096: the model's positions"
-    capsys.readouterr()
-    assert cli.main(["inspect", str(out), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["metadata"]["length"] == 512
+@pytest.fixture
+def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starting an engine, which reads weights, is a mistake."""
+    from vllm_toptheta.calibration import engine
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("an engine was started")
+
+    monkeypatch.setattr(engine, "LLMEngine", fail)
 
 
-@pytest.mark.usefixtures("no_weights")
+@pytest.mark.usefixtures("no_engine")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dtype", "float33"], "dtype is 'float33', expected float32"),
-        (["--device", "toaster"], "device 'toaster' cannot be used"),
         (["--out", "{folder}"], "cannot be written: "),
         (["--out", "{text}/table"], "cannot be written: "),
         (["--min-prob", "0"], "min_prob must lie between 0 and 1, got 0"),
         (["--tokens", "0"], "tokens must be positive, got 0"),
         (["--length", "255"], "length 255 is too short, expected at least 256"),
+        (["--length", "512"], "length 512 is too long, expected at most 511: 512 positions"),
         (["--text", "{folder}/none"], "No such file"),
+        (["--text", "{folder}/short.txt"], "shorter than one document of 511 tokens"),
+        (["--dtype", "float33"], "argument --dtype: invalid choice: 'float33'"),
+        (["--", "--dtype", "float33"], "argument --dtype: invalid choice: 'float33'"),
+        (["--", "--no-such-flag"], "unrecognized arguments: --no-such-flag; `vllm serve --help"),
+        (["--", "another/model"], "'another/model' after -- is no flag of vllm serve"),
+        (["--", "--max-model-len", "2000"], "max_model_len (2000) is greater than the derived"),
+        (["--", "--max-model-len", "100"], "length 99 is too short, expected at least 256"),
+        (["--", "--skip-tokenizer-init"], "there is no tokenizer"),
     ],
 )
 def test_refused_in_one_line_before_weights_are_read(
@@ -94,20 +104,47 @@ def test_refused_in_one_line_before_weights_are_read(
     arguments: list[str],
     message: str,
 ) -> None:
+    (text.parent / "short.txt").write_text("short")
     filled = [part.format(folder=text.parent, text=text) for part in arguments]
-    assert cli.main(["calibrate", str(checkpoint), "--length", "512", *filled]) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("toptheta: ")
-    assert message in line
+    assert cli.main(["calibrate", str(checkpoint), *filled]) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if "toptheta: " in line]
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+@pytest.mark.usefixtures("no_engine")
+def test_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["calibrate", str(tmp_path / "nothing")]) == 1
+    assert "nothing" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_engine")
+@pytest.mark.parametrize("name", ["bloom", "llama4-text", "gemma4-kv-heads"])
+def test_models_without_tables_are_refused_by_their_configuration(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if name == "gemma4-kv-heads":
+        config, message = SERVED["gemma4-text"].config(), "layers differ in kv heads"
+        config.architectures = ["Gemma4ForCausalLM"]
+    else:
+        family, message = REFUSED[name]
+        config = family.config()
+        config.architectures = ["BloomForCausalLM" if name == "bloom" else "Llama4ForCausalLM"]
+    config.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert cli.main(["calibrate", str(tmp_path)]) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_interrupt_writes_nothing(
     checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(*_: object) -> None:
+    from vllm_toptheta.calibration import engine
+
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(collect.Collector, "_count", interrupt)
+    monkeypatch.setattr(engine, "LLMEngine", interrupt)
     out = tmp_path / "out" / "table.safetensors"
     arguments = ["--text", str(text), "--length", "256", "--tokens", "256", "--out", str(out)]
     assert cli.main(["calibrate", str(checkpoint), *arguments]) == 130

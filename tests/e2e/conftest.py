@@ -45,6 +45,22 @@ def toptheta(**options: Any) -> dict[str, Any]:
     return {"attention_backend": "toptheta", "additional_config": {"toptheta": options}}
 
 
+def run_program(
+    *command: object, env: dict[str, str] = ONE_THREAD, timeout: int = 600
+) -> subprocess.CompletedProcess[str]:
+    """Run a Python program that must succeed."""
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, **env},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
 def generate(
     model: Path,
     prompts: list[list[int]],
@@ -57,15 +73,7 @@ def generate(
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "answers.json"
         arguments = [output, model, json.dumps(prompts), str(max_tokens), json.dumps(engines)]
-        done = subprocess.run(
-            [sys.executable, script, *arguments],
-            capture_output=True,
-            text=True,
-            timeout=600,
-            env={**os.environ, **env},
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        run_program(script, *arguments, env=env)
         answers: list[list[dict[str, Any]]] = json.loads(output.read_text())
     return answers
 
@@ -83,7 +91,8 @@ def keep_all(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """Top-theta that keeps everything, with little KV memory and small prefill chunks."""
     folder = tmp_path_factory.mktemp("keep_all")
     tight = ["--num-gpu-blocks-override", "17", "--max-num-batched-tokens", "256"]
-    options = {"thresholds": "none", "min_prob": KEEP_ALL, "min_kv_len": 0}
+    # Keys that K itself scores, as stock does.
+    options = {"thresholds": "none", "min_prob": KEEP_ALL, "min_kv_len": 0, "k_sketch": False}
     with serve(smollm2, folder, "--enforce-eager", *tight, toptheta=options) as server:
         yield client_of(server)
 

@@ -15,7 +15,8 @@ from vllm import LLM, SamplingParams
 
 
 def generate(model: str, prompts: list[list[int]], max_tokens: int, engine: dict[str, Any]) -> Any:
-    """Generate greedily."""
+    """Generate greedily; every answer has the `heads` of all, as the page of a server asks for
+    them."""
     common = {
         "dtype": "float32",
         "max_model_len": 1024,
@@ -27,10 +28,15 @@ def generate(model: str, prompts: list[list[int]], max_tokens: int, engine: dict
     llm = LLM(model, **{**common, **engine})
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params)
+    heads = llm.collective_rpc("toptheta_heads") if engine.get("attention_backend") else None
     llm.llm_engine.engine_core.shutdown()
     gc.collect()
     return [
-        {"ids": list(output.outputs[0].token_ids), "summary": output.kv_transfer_params}
+        {
+            "ids": list(output.outputs[0].token_ids),
+            "summary": output.kv_transfer_params,
+            "heads": heads,
+        }
         for output in outputs
     ]
 

@@ -16,7 +16,8 @@ import pytest
 import torch
 from e2e.conftest import ENV
 
-from vllm_toptheta.calibration.calibrate import load_model, read_corpus
+from vllm_toptheta.calibration.calibrate import read_corpus
+from vllm_toptheta.evaluation.model import load_model
 
 LENGTH, PROMPT, DOCUMENTS = 256, 100, 2
 

@@ -1,11 +1,12 @@
-"""A model with sliding windows in every other layer, soft caps and wide heads: the engine answers
-as stock does, and layers whose window is not larger than min_kv_len are shown as dense."""
+"""A model with sliding windows in every other layer, soft caps and wide heads, and n-gram drafts:
+the engine answers as stock does, and layers whose window is not above min_kv_len run dense."""
 
 from pathlib import Path
 
 import pytest
 import torch
 from e2e.conftest import KEEP_ALL, ONE_THREAD, generate, toptheta
+from tiny_families import SERVED, save_checkpoint
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 WINDOW, LAYERS, HEADS, TOKENS = 96, 4, 4, 12
@@ -52,3 +53,19 @@ def test_windows_and_soft_caps_through_the_engine(gemma2: Path) -> None:
         )
         seen = sum(lengths) + sum(min(n, WINDOW) for n in lengths)
         assert summary["keys_scored"] == seen * HEADS * LAYERS // 2
+
+
+def test_drafts_by_ngram_change_no_token(tmp_path: Path) -> None:
+    llama = save_checkpoint(SERVED["llama"], tmp_path / "llama")
+    prompts = [[20 + i % 9 for i in range(200)]]  # whose continuation repeats it
+    drafts = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 4}}
+    drafts["speculative_config"] |= {"prompt_lookup_max": 4, "prompt_lookup_min": 2}
+    # Keys that K itself scores, as stock does.
+    ours = toptheta(min_prob=KEEP_ALL, min_mass=0.0, min_kv_len=32, k_sketch=False)
+    env = {**ONE_THREAD, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    stock, drafted = generate(llama, prompts, 24, [{}, {**drafts, **ours}], env)
+    assert drafted[0]["ids"] == stock[0]["ids"]
+    counts = drafted[0]["summary"]["toptheta"]
+    # Rows that verify drafts count as prompt rows; of the others, all but the first are ours.
+    assert counts["dense_rows"]["prefill"] > len(prompts[0]) * 2 * 2
+    assert counts["rows"] + counts["dense_rows"]["prefill"] >= (len(prompts[0]) + 23) * 2 * 2

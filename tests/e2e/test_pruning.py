@@ -2,9 +2,11 @@
 prefix-cache hits."""
 
 import pydoc_data.topics
+import random
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import pytest
 from e2e.asking import complete, summary
 from openai import OpenAI
 
@@ -107,3 +109,18 @@ def test_requests_choose_how_much_of_a_row_is_kept(pruning: OpenAI) -> None:
     assert 0 < floor["rows_lifted"] < floor["rows"]
     shown = [[one[name] for name in ("k", "min_prob", "min_mass")] for one in (floor, many, all_)]
     assert shown == [[None, 0.05, 0.95], [256, None, 0], [None, None, None]]
+
+
+@pytest.mark.parametrize("kind", ["digits", "one word"])
+def test_of_unusual_text_the_floor_keeps_what_a_row_needs(pruning: OpenAI, kind: str) -> None:
+    # What keys share is far from the texts of a calibration: few are kept of the one, most of the
+    # other, at the same k.
+    digits = "".join(map(str, random.Random(0).choices(range(10), k=1500)))
+    prompt = digits if kind == "digits" else "word " * 600
+    by_k = summary(complete(pruning, prompt, xargs={"toptheta_k": 64}))
+    xargs = {"toptheta_min_prob": 0.05, "toptheta_min_mass": 0.95}
+    floored = summary(complete(pruning, prompt, xargs=xargs))
+    assert 0 < by_k["kept_mass"] < 1
+    assert 0.95 <= floored["kept_mass"] < 1
+    assert floored["rows_lifted"] > 0
+    assert floored["dense_rows"]["short"] == 0

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from vllm_toptheta.evaluation import engine
-from vllm_toptheta.request_options import Target, Targets
-from vllm_toptheta.telemetry.counters import FIELDS, summarise
+from vllm_toptheta.kernels.columns import COLUMNS
+from vllm_toptheta.requests import Target, Targets
+from vllm_toptheta.telemetry.counters import summarise
 
 
 def test_variants() -> None:
@@ -30,7 +31,7 @@ def answer(document: list[int], prompt: int, logprob: float, counts: dict[str, i
     entries = [{token: SimpleNamespace(logprob=token * logprob)} for token in document]
     told = {
         "toptheta": summarise(
-            Targets(Target(min_prob=0.001), None), [counts.get(name, 0) for name in FIELDS]
+            Targets(Target(min_prob=0.001), None), [counts.get(name, 0) for name in COLUMNS]
         )
     }
     return SimpleNamespace(
@@ -113,5 +114,6 @@ def test_forced_tokens_leave_one_choice() -> None:
     force = processor.new_req_logits_processor(SimpleNamespace(extra_args={KEY: [5, 3]}))
     logits = torch.arange(8.0)
     assert [int(force(ids, logits).argmax()) for ids in ([], [5])] == [5, 3]
+    assert force([5, 3], logits) is logits  # the rest is free
     assert torch.isfinite(force([], logits)).sum() == 1
     assert torch.equal(logits, torch.arange(8.0))

@@ -13,7 +13,7 @@ from vllm_toptheta.evaluation.fidelity import (
     predictions,
     read_prompt,
 )
-from vllm_toptheta.evaluation.rules import Dense, Paper, TopK, TopTheta
+from vllm_toptheta.evaluation.rules import Dense, Paper, SketchedTopTheta, TopK, TopTheta
 
 
 @pytest.mark.parametrize("length", [300, 100])
@@ -43,6 +43,17 @@ def test_more_pruning_is_further_from_dense() -> None:
     assert {result.num_rows for result in results} == {58}
 
 
+def test_the_sketch_of_k_is_as_near_to_dense_as_its_bounds_say() -> None:
+    rules = [kind(0.01, None, 0.0, None) for kind in (TopTheta, SketchedTopTheta)]
+    exact, sketched = evaluate_fidelity(tiny_model(), random_documents(2, 400), 30, rules)
+    assert sketched.variant == exact.variant + ":k-sketch"
+    assert exact.log_z_error is None
+    assert sketched.log_z_error is not None
+    assert 0 < sketched.log_z_error < 0.05
+    assert sketched.kl == pytest.approx(exact.kl, rel=0.2)
+    assert sketched.kept_fraction == pytest.approx(exact.kept_fraction, rel=0.02)
+
+
 def test_the_papers_rule_calibrates_itself_on_the_prompt() -> None:
     (result,) = evaluate_fidelity(tiny_model(), random_documents(1, 400), 30, [Paper(20)])
     (top_k,) = evaluate_fidelity(tiny_model(), random_documents(1, 400), 30, [TopK(20)])
@@ -61,6 +72,7 @@ def ask(**changes: object) -> None:
         "min_mass": None,
         "table": "none",
         "without_table": False,
+        "k_sketch": False,
         "rivals": [],
         "min_kv_len": 0,
         "dtype": "float32",

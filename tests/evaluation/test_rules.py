@@ -142,3 +142,17 @@ def test_rivals_by_name(spec: str) -> None:
 def test_an_unknown_rival_is_refused_with_examples(spec: str) -> None:
     with pytest.raises(ValueError, match=r"expected NAME:SETTING .* top_k:64"):
         rules.rival(spec)
+
+
+def test_an_fp8_cache_is_dense_attention_over_rounded_rows() -> None:
+    call = make_call()
+    rule = rules.rival("fp8:2")
+
+    def rounded(x: Tensor) -> Tensor:
+        return (x / 2).to(torch.float8_e4m3fn).float() * 2
+
+    over = AttentionCall(**{**vars(call), "key": rounded(call.key), "value": rounded(call.value)})
+    assert torch.allclose(rule(call), dense_attention(over), atol=1e-5)
+    assert not torch.allclose(rule(call), dense_attention(call), atol=1e-3)
+    assert rule.v_row_bytes * rule.tally.v_read == rule.tally.v_seen / 2
+    assert rule.tally.pruned == 0

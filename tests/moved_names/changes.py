@@ -11,7 +11,7 @@ pytest.importorskip("vllm", reason="needs an installed vLLM")
 
 
 import vllm_toptheta  # noqa: E402
-from vllm_toptheta.request_options import (  # noqa: E402
+from vllm_toptheta.requests import (  # noqa: E402
     RequestPolicy,
     Target,
     Targets,

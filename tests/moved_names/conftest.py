@@ -13,9 +13,9 @@ from vllm.config import VllmConfig  # noqa: E402
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 from vllm.platforms.cpu import CpuPlatform  # noqa: E402
 
-from vllm_toptheta.backend import registration  # noqa: E402
-from vllm_toptheta.telemetry import carrier, delivery, shield  # noqa: E402
-from vllm_toptheta.telemetry.step_log import STEP_LOG  # noqa: E402
+from vllm_toptheta import registration  # noqa: E402
+from vllm_toptheta.hooks import attention_backend  # noqa: E402
+from vllm_toptheta.telemetry import delivery, shield  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -23,15 +23,14 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     monkeypatch.setattr(shield, "_logged", set())
     monkeypatch.setattr(shield, "_failures", type(shield._failures)())
-    monkeypatch.setattr(STEP_LOG, "options", {})
-    monkeypatch.setattr(carrier, "find_policy", None)
     monkeypatch.setattr(delivery, "_sinks", [])
 
 
 @pytest.fixture
 def as_new(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A name that is not registered yet; what registering wraps is put back."""
-    monkeypatch.setattr(registration, "NAME", "TOPTHETA_MOVED")
+    monkeypatch.setattr(attention_backend, "NAME", "TOPTHETA_MOVED")
+    monkeypatch.setattr(attention_backend, "_failed", [])
     monkeypatch.setattr(registration, "backend_path", lambda: "moved.Backend")
     for owner, name in (
         (CpuPlatform, "get_attn_backend_cls"),

@@ -22,8 +22,11 @@ from moved_names.changes import (  # noqa: E402
     without,
 )
 
-from vllm_toptheta.telemetry import carrier, delivery, shield  # noqa: E402
-from vllm_toptheta.telemetry.counters import FIELDS, zeros  # noqa: E402
+from vllm_toptheta.hooks import output_processor, scheduler  # noqa: E402
+from vllm_toptheta.kernels.columns import COLUMNS  # noqa: E402
+from vllm_toptheta.requests import Resolved  # noqa: E402
+from vllm_toptheta.telemetry import shield  # noqa: E402
+from vllm_toptheta.telemetry.counters import zeros  # noqa: E402
 from vllm_toptheta.telemetry.ledger import StepRecord  # noqa: E402
 
 
@@ -46,15 +49,15 @@ def scheduler_class(monkeypatch: pytest.MonkeyPatch) -> type:
     return made
 
 
-def run_scheduler(scheduler: Any, **kwargs: Any) -> Any:
-    record = StepRecord(["a"], [zeros()], np.zeros((1, len(FIELDS)), np.int64), {})
-    outputs = call(scheduler.update_from_output, None, SimpleNamespace(toptheta=record))
+def run_scheduler(made: Any, **kwargs: Any) -> Any:
+    record = StepRecord(["a"], [zeros()], np.zeros((1, len(COLUMNS)), np.int64), {})
+    outputs = call(made.update_from_output, None, SimpleNamespace(toptheta=record))
     return outputs[0].outputs[0]
 
 
 def test_new_parameters_of_the_scheduler_change_nothing(scheduler_class: type) -> None:
     more_parameters("update_from_output")(scheduler_class)
-    carrier.install_on_scheduler()
+    scheduler.install()
     assert "toptheta" in run_scheduler(scheduler_class()).kv_transfer_params
 
 
@@ -64,14 +67,14 @@ def test_new_parameters_of_the_scheduler_change_nothing(scheduler_class: type) -
 def test_a_scheduler_that_changed_is_left_alone(
     scheduler_class: type, change: Change, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert_left_alone(scheduler_class, change, carrier.install_on_scheduler, caplog)
+    assert_left_alone(scheduler_class, change, scheduler.install, caplog)
 
 
 def test_a_scheduler_that_is_not_found_is_an_error_in_the_log(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.delattr(scheduler_module, "Scheduler")
-    carrier.install_on_scheduler()
+    scheduler.install()
     assert len(errors(caplog)) == 1
 
 
@@ -79,13 +82,17 @@ def test_a_scheduler_that_is_not_found_is_an_error_in_the_log(
 def test_a_scheduler_without_a_name_runs_on(
     scheduler_class: type, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    carrier.install_on_scheduler()
-    scheduler: Any = scheduler_class()
-    parallel = scheduler.vllm_config.parallel_config
-    delattr(parallel if name in vars(parallel) else scheduler, name)
+    scheduler.install()
+    made: Any = scheduler_class()
+    parallel = made.vllm_config.parallel_config
+    delattr(parallel if name in vars(parallel) else made, name)
     for _ in range(3):
-        assert run_scheduler(scheduler).request_id == "a"
+        assert run_scheduler(made).request_id == "a"
     assert len(errors(caplog)) == 1
+
+
+class State:
+    external_req_id, parent_req, request_index = "a", None, 0
 
 
 class OutputProcessor:
@@ -94,9 +101,7 @@ class OutputProcessor:
         self.seen: list[Any] = []
 
     def add_request(self, request: Any) -> None:
-        self.request_states[request.request_id] = SimpleNamespace(
-            external_req_id="a", parent_req=None, request_index=0
-        )
+        self.request_states[request.request_id] = State()
 
     def process_outputs(self, engine_core_outputs: Any) -> Any:
         self.seen += engine_core_outputs
@@ -112,8 +117,9 @@ def output_class(monkeypatch: pytest.MonkeyPatch) -> type:
 
 def serve_one(processor: Any, *missing: str) -> Any:
     """One output of a request, without some of vLLM's names."""
-    request = SimpleNamespace(request_id="a", sampling_params=SimpleNamespace())
-    delivery.resolve(request, "default", POLICY.server)
+    params = SimpleNamespace(extra_args=None)
+    Resolved("default", POLICY.server).write(params)
+    request = SimpleNamespace(request_id="a", sampling_params=params)
     content = {"engine": 0, "new": zeros(), "total": zeros()}
     output = SimpleNamespace(request_id="a", kv_transfer_params={"toptheta": content})
     for name in missing:
@@ -131,7 +137,7 @@ def test_new_parameters_of_the_output_processor_change_nothing(
     output_class: type, method: str
 ) -> None:
     more_parameters(method)(output_class)
-    delivery.install_on_output_processor()
+    output_processor.install()
     assert serve_one(output_class()).kv_transfer_params["toptheta"]["rows"] == 0
 
 
@@ -147,13 +153,13 @@ def test_new_parameters_of_the_output_processor_change_nothing(
 def test_an_output_processor_that_changed_is_left_alone(
     output_class: type, change: Change, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert_left_alone(output_class, change, delivery.install_on_output_processor, caplog)
+    assert_left_alone(output_class, change, output_processor.install, caplog)
 
 
 def test_an_output_without_its_field_is_served(
     output_class: type, caplog: pytest.LogCaptureFixture
 ) -> None:
-    delivery.install_on_output_processor()
+    output_processor.install()
     processor = output_class()
     for _ in range(3):
         serve_one(processor, "kv_transfer_params")

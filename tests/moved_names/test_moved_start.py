@@ -25,18 +25,23 @@ from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 from vllm.platforms.cpu import CpuPlatform  # noqa: E402
 
 import vllm_toptheta  # noqa: E402
-from vllm_toptheta.backend import registration  # noqa: E402
 from vllm_toptheta.config import TopThetaConfig  # noqa: E402
-from vllm_toptheta.serving import install as install_module  # noqa: E402
+from vllm_toptheta.hooks import attention_backend, input_processor  # noqa: E402
+from vllm_toptheta.hooks import engine_args as engine_args_hook  # noqa: E402
 from vllm_toptheta.serving import served as served_module  # noqa: E402
 from vllm_toptheta.serving.served import Served, set_served  # noqa: E402
+
+NOT_BY_VLLM = pytest.mark.skipif(
+    not hasattr(registry.AttentionBackendEnum, "register"),
+    reason="before vLLM 0.32 the package adds the member itself",
+)
 
 
 class InputProcessor:
     vllm_config = SimpleNamespace(instance_id="moved")
 
     def process_inputs(self, request_id: str, prompt: str, params: Any) -> Any:
-        return SimpleNamespace(sampling_params=SimpleNamespace(), cache_salt=None)
+        return SimpleNamespace(sampling_params=params, cache_salt=None)
 
 
 @pytest.fixture
@@ -51,7 +56,7 @@ def input_class(monkeypatch: pytest.MonkeyPatch) -> type:
 
 def test_new_parameters_of_the_input_processor_change_nothing(input_class: type) -> None:
     more_parameters("process_inputs")(input_class)
-    install_module._install_on_input_processor()
+    input_processor.install()
     params = SimpleNamespace(extra_args={"toptheta": "off"})
     for kwargs in ({"params": params}, {}):
         args = () if kwargs else (params,)
@@ -62,7 +67,7 @@ def test_new_parameters_of_the_input_processor_change_nothing(input_class: type)
 def test_options_that_nobody_would_check_refuse_the_start(input_class: type) -> None:
     renamed_parameter("process_inputs")(input_class)
     with pytest.raises(RuntimeError, match="Install a tested vLLM"):
-        install_module._install_on_input_processor()
+        input_processor.install()
 
 
 @pytest.mark.parametrize(
@@ -78,7 +83,7 @@ def test_fields_that_carry_options_refuse_the_start_where_they_moved(
     moved = SimpleNamespace(__struct_fields__=("other",))
     monkeypatch.setattr(path, moved)
     with pytest.raises(RuntimeError, match=field):
-        install_module._install_on_input_processor()
+        input_processor.install()
 
 
 def fails(*args: Any, **kwargs: Any) -> Any:
@@ -92,7 +97,7 @@ def fails(*args: Any, **kwargs: Any) -> Any:
         (EngineArgs, "create_engine_config"),
         (registry, "register_backend"),
         (vllm.config, "AttentionConfig"),
-        (registry, ""),
+        pytest.param(registry, "", marks=NOT_BY_VLLM),
     ],
 )
 def test_a_failed_registration_leaves_no_name_and_no_wrap(
@@ -132,6 +137,7 @@ def test_a_configuration_without_a_field_is_never_asked_for_it(
     assert as_new not in registry.AttentionBackendEnum.__members__
 
 
+@NOT_BY_VLLM
 def test_a_name_that_got_through_a_failed_registration_never_runs_another_backend(
     as_new: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,6 +150,16 @@ def test_a_name_that_got_through_a_failed_registration_never_runs_another_backen
     monkeypatch.setattr(registry, "register_backend", half)
     vllm_toptheta.register()
     member = registry.AttentionBackendEnum[as_new]
+    with pytest.raises(RuntimeError, match="by half.*moved"):
+        CpuPlatform.get_attn_backend_cls(member, None, num_heads=1)  # type: ignore[arg-type]
+    config = SimpleNamespace(attention_config=SimpleNamespace(backend=member))
+    with pytest.raises(RuntimeError, match="another --attention-backend"):
+        attention_backend.is_requested(config)
+
+
+def test_moved_layers_refuse_the_start(as_new: str) -> None:
+    vllm_toptheta.register()
+    member = registry.AttentionBackendEnum[as_new]
     with pytest.raises(RuntimeError, match="moved the description of layers"):
         CpuPlatform.get_attn_backend_cls(member, None, num_heads=1)  # type: ignore[arg-type]
 
@@ -154,8 +170,12 @@ def test_those_who_choose_another_backend_see_no_difference(as_new: str) -> None
 
     CpuPlatform.get_attn_backend_cls = classmethod(select)  # type: ignore[assignment]
 
+    class Made:
+        def __init__(self, new: int) -> None:
+            self.new = new
+
     def from_cli_args(cls: Any, new: int, *, args: Namespace) -> Any:
-        return SimpleNamespace(new=new)
+        return Made(new)
 
     EngineArgs.from_cli_args = classmethod(from_cli_args)  # type: ignore[assignment]
     vllm_toptheta.register()
@@ -166,7 +186,7 @@ def test_those_who_choose_another_backend_see_no_difference(as_new: str) -> None
     command_line = Namespace()
     engine_args = made(5, args=command_line)
     assert engine_args.new == 5
-    assert getattr(engine_args, install_module._ARGS) is command_line
+    assert engine_args_hook._command_lines.get(engine_args) is command_line
 
 
 @pytest.mark.parametrize("gone", [True, False])
@@ -187,6 +207,7 @@ def test_a_moved_command_line_costs_the_middleware_only(
 def test_a_name_that_is_missed_at_the_start_is_one_clear_refusal(
     error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from vllm_toptheta import registration
     from vllm_toptheta.backend.plan import Plan
 
     def from_vllm_config(vllm_config: Any) -> Any:
@@ -195,10 +216,13 @@ def test_a_name_that_is_missed_at_the_start_is_one_clear_refusal(
     monkeypatch.setattr(Plan, "from_vllm_config", from_vllm_config)
 
     def make(attention: Any) -> Any:
-        create = registration._check_options(
-            lambda self, **kwargs: SimpleNamespace(attention_config=attention)
-        )
-        return create(None, new=1)
+        def create(self: Any, **kwargs: Any) -> Any:
+            return SimpleNamespace(attention_config=attention, additional_config={})
+
+        monkeypatch.setattr(EngineArgs, "create_engine_config", create)
+        engine_args_hook.look_up(registration._prepare).wrap()
+        wrapped: Any = EngineArgs.create_engine_config
+        return wrapped(None, new=1)
 
     make(SimpleNamespace(backend=None))
     with pytest.raises(RuntimeError, match="hf_text_config.*another --attention-backend"):

@@ -10,7 +10,6 @@ pytest.importorskip("vllm", reason="needs an installed vLLM")
 
 import vllm.v1.worker.gpu_model_runner as runner_module  # noqa: E402
 from moved_names.changes import (  # noqa: E402
-    POLICY,
     Change,
     call,
     copy_of,
@@ -20,14 +19,9 @@ from moved_names.changes import (  # noqa: E402
     without,
 )
 
-import vllm_toptheta  # noqa: E402
-from vllm_toptheta.backend import registration  # noqa: E402
-from vllm_toptheta.request_options import (  # noqa: E402
-    RequestOptions,
-)
-from vllm_toptheta.telemetry import carrier  # noqa: E402
-from vllm_toptheta.telemetry.counters import FIELDS  # noqa: E402
-from vllm_toptheta.telemetry.step_log import STEP_LOG  # noqa: E402
+from vllm_toptheta.hooks import model_runner  # noqa: E402
+from vllm_toptheta.kernels.columns import COLUMNS  # noqa: E402
+from vllm_toptheta.requests import Resolved, Targets  # noqa: E402
 
 
 class Runner:
@@ -37,15 +31,19 @@ class Runner:
         self.execute_model_state = None
 
     def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
-        lines = torch.zeros(3, len(FIELDS), dtype=torch.int64).flatten()
-        STEP_LOG.append(SimpleNamespace(num_reqs=1, num_layers=2, detail=[], totals=lambda: lines))
+        lines = torch.zeros(3, len(COLUMNS), dtype=torch.int64).flatten()
+        model_runner.record(
+            SimpleNamespace(num_reqs=1, num_layers=2, detail=[], totals=lambda: lines)
+        )
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         return SimpleNamespace(req_ids=["a"])
 
 
-def scheduled(**xargs: Any) -> Any:
+def scheduled(setting: str = "default", **xargs: Any) -> Any:
     params = SimpleNamespace(extra_args=xargs)
+    if not xargs:
+        Resolved(setting, Targets(None, None)).write(params)
     new = SimpleNamespace(req_id="a", sampling_params=params)
     return SimpleNamespace(finished_req_ids=set(), scheduled_new_reqs=[new])
 
@@ -64,16 +62,23 @@ def runner_class(monkeypatch: pytest.MonkeyPatch) -> type:
 
 def install_on_worker() -> None:
     config = SimpleNamespace(use_v2_model_runner=False, instance_id="x")
-    carrier.install_on_worker(config, count=True)
+    model_runner.install(config, count=True)
+
+
+def options(runner: Any) -> dict[str, Resolved]:
+    engine = model_runner._engines.get(runner)
+    assert engine is not None
+    return engine.options
 
 
 @pytest.mark.parametrize("method", ["execute_model", "sample_tokens"])
 def test_new_parameters_of_the_runner_change_nothing(runner_class: type, method: str) -> None:
     more_parameters(method)(runner_class)
     install_on_worker()
-    output = run_step(runner_class(), scheduled(toptheta="off"))
+    runner = runner_class()
+    output = run_step(runner, scheduled("off"))
     assert output.toptheta.request_ids == ["a"]
-    assert STEP_LOG.options["a"].off
+    assert options(runner)["a"].setting == "off"
 
 
 @pytest.mark.parametrize(
@@ -96,7 +101,7 @@ def test_a_runner_that_is_not_found_is_an_error_in_the_log(
 ) -> None:
     config = SimpleNamespace(use_v2_model_runner=False, instance_id="x")
     monkeypatch.delattr(config if name in vars(config) else runner_module, name)
-    carrier.install_on_worker(config, count=True)
+    model_runner.install(config, count=True)
     assert name in " ".join(errors(caplog))
 
 
@@ -121,37 +126,27 @@ def test_a_runner_without_a_name_runs_on(
     runner = runner_class()
     delattr(runner, name)
     for _ in range(3):
-        assert run_step(runner, scheduled(toptheta="off")).req_ids == ["a"]
-        STEP_LOG.runner = runner
-        assert carrier.batch_request_ids(runner) in (["a"], [])
+        assert run_step(runner, scheduled("off")).req_ids == ["a"]
+        assert model_runner._ids(runner, None) in (["a"], [])
     assert len(errors(caplog)) <= 1
 
 
 @pytest.mark.parametrize(
     "xargs",
     [
-        {"toptheta_k": 4096},
-        {"toptheta_k": 1},
-        {"toptheta_min_prob": 0.5},
-        {"toptheta_k": "no number"},
-        {"toptheta_k": 64, "toptheta_min_prob": 0.01},
-        {"toptheta_k": float("nan")},
+        {"toptheta_k": 64},
+        {"toptheta": "off"},
         {"toptheta": []},
-        {"toptheta_": None},
+        {"toptheta": {}},
+        {"toptheta": {"setting": "k", "targets": {"decode": {"min_prob": "x"}, "prefill": None}}},
     ],
 )
 def test_options_that_got_around_the_check_run_as_default(
-    runner_class: type, xargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    runner_class: type, xargs: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(carrier, "find_policy", lambda config: POLICY)
-    monkeypatch.setattr(STEP_LOG, "policies", {})
     install_on_worker()
-    run_step(runner_class(), scheduled(**xargs))
-    assert STEP_LOG.options == {}
-    run_step(runner_class(), scheduled(toptheta_k=32))
-    assert STEP_LOG.options == {"a": RequestOptions(k=32)}
-
-
-def test_the_worker_knows_what_requests_may_ask_for(as_new: str) -> None:
-    vllm_toptheta.register()
-    assert carrier.find_policy is registration._policy_of
+    runner = runner_class()
+    run_step(runner, scheduled(**xargs))
+    assert options(runner) == {}
+    run_step(runner, scheduled("k"))
+    assert options(runner) == {"a": Resolved("k", Targets(None, None))}

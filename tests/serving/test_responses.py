@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="needs an installed vLLM")
 
-from vllm_toptheta.request_options import Target, Targets  # noqa: E402
+from vllm_toptheta.requests import Target, Targets  # noqa: E402
 from vllm_toptheta.serving.responses import ResponseWriter  # noqa: E402
 from vllm_toptheta.telemetry.counters import zeros  # noqa: E402
 from vllm_toptheta.telemetry.delivery import Choice, Collector  # noqa: E402
@@ -95,6 +95,33 @@ def test_a_body_without_counts_passes() -> None:
     body = b'{"status": "queued"}'
     bodies, _ = send(RESPONSES, Collector(), body, content_type=b"application/json")
     assert bodies == [body]
+
+
+@pytest.mark.parametrize(
+    ("path", "content_type", "stream"),
+    [
+        (CHAT, b"application/json", (b'{"id": "x", "choices": []}\n',)),
+        (COMPLETIONS, b"text/event-stream", (chunk(), chunk(finish="stop"), DONE)),
+        (
+            RESPONSES,
+            b"text/event-stream",
+            (b'event: response.completed\ndata: {"a": "\\u00e9"}\n\n',),
+        ),
+        ("/v1/messages", b"text/event-stream", (b'event: message_delta\ndata: {"a":1}\n\n',)),
+    ],
+)
+def test_a_response_without_the_field_is_what_vllm_wrote(
+    monkeypatch: pytest.MonkeyPatch, path: str, content_type: bytes, stream: tuple[bytes, ...]
+) -> None:
+    collector = choices(("x-0", 0, 7))
+    for choice in collector.choices:
+        choice.report = False
+    told: list[Any] = []
+    monkeypatch.setattr("vllm_toptheta.serving.responses.report", told.append)
+    bodies, headers = send(path, collector, *stream, content_type=content_type)
+    assert tuple(bodies) == stream
+    assert int(headers[b"content-length"]) == sum(map(len, stream))
+    assert told == [], "nothing was told to the client"
 
 
 def test_the_last_chunk_of_a_stream_carries_it() -> None:

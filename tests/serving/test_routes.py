@@ -11,7 +11,7 @@ pytest.importorskip("vllm", reason="needs an installed vLLM")
 from threshold_fixtures import make_identity, make_table  # noqa: E402
 
 from vllm_toptheta.config import TopThetaConfig  # noqa: E402
-from vllm_toptheta.request_options import RequestPolicy, Target, Targets  # noqa: E402
+from vllm_toptheta.requests import RequestPolicy, Target, Targets  # noqa: E402
 from vllm_toptheta.serving.routes import config_of, merge_heads, thresholds_of  # noqa: E402
 from vllm_toptheta.serving.served import Served  # noqa: E402
 from vllm_toptheta.serving.sinks import info  # noqa: E402

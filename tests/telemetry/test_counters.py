@@ -1,20 +1,14 @@
 """How counts are shown: ratios, dense reasons, layers."""
 
-from vllm_toptheta.request_options import Target, Targets
-from vllm_toptheta.telemetry.counters import (
-    FIELDS,
-    MASS_UNIT,
-    add,
-    summarise,
-    summarise_layers,
-    zeros,
-)
+from vllm_toptheta.kernels.columns import COLUMNS, MASS_UNIT
+from vllm_toptheta.requests import Target, Targets
+from vllm_toptheta.telemetry.counters import add, summarise, summarise_layers, zeros
 
 TARGETS = Targets(Target(0.001, 0.5), Target(0.002))
 
 
 def row(**values: int) -> list[int]:
-    return [values.get(name, 0) for name in FIELDS]
+    return [values.get(name, 0) for name in COLUMNS]
 
 
 def test_ratios_are_of_what_they_say() -> None:
@@ -101,6 +95,6 @@ def test_layers_are_arrays() -> None:
 
 def test_counts_add_up_in_place() -> None:
     total = zeros()
-    add(total, list(range(len(FIELDS))))
-    add(total, [1] * len(FIELDS))
-    assert total == list(range(1, len(FIELDS) + 1))
+    add(total, list(range(len(COLUMNS))))
+    add(total, [1] * len(COLUMNS))
+    assert total == list(range(1, len(COLUMNS) + 1))

@@ -10,9 +10,10 @@ pytest.importorskip("prometheus_client")
 
 from prometheus_client import CollectorRegistry  # noqa: E402
 
-from vllm_toptheta.request_options import Target, Targets  # noqa: E402
+from vllm_toptheta.kernels.columns import COLUMNS  # noqa: E402
+from vllm_toptheta.requests import Target, Targets  # noqa: E402
 from vllm_toptheta.telemetry import shield  # noqa: E402
-from vllm_toptheta.telemetry.counters import FIELDS, summarise  # noqa: E402
+from vllm_toptheta.telemetry.counters import summarise  # noqa: E402
 from vllm_toptheta.telemetry.prometheus import PREFIX, Metrics  # noqa: E402
 
 TEXT = (Path(__file__).parent.parent.parent / "docs" / "telemetry.md").read_text()
@@ -68,7 +69,7 @@ def test_every_endpoint_that_generates_is_there() -> None:
 
 
 def test_every_field_of_a_response_is_there() -> None:
-    shown = summarise(Targets(Target(0.001), Target(0.001)), [1] * len(FIELDS))
+    shown = summarise(Targets(Target(0.001), Target(0.001)), [1] * len(COLUMNS))
     for fields, heading in (
         ({*shown, "choices", "layers"}, "| field | meaning |"),
         (set(shown["prefill"]), "| field of `prefill` | meaning |"),

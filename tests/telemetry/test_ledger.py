@@ -5,13 +5,14 @@ import random
 import numpy as np
 import pytest
 
+from vllm_toptheta.kernels.columns import COLUMNS
 from vllm_toptheta.telemetry import ledger as ledger_module
-from vllm_toptheta.telemetry.counters import FIELDS, add, zeros
+from vllm_toptheta.telemetry.counters import add, zeros
 from vllm_toptheta.telemetry.ledger import ENGINE_LETTER, Ledger, StepRecord
 
 
 def row(rows: int) -> list[int]:
-    return [rows] + [0] * (len(FIELDS) - 1)
+    return [rows] + [0] * (len(COLUMNS) - 1)
 
 
 def record(**rows: int) -> StepRecord:
@@ -23,17 +24,21 @@ def client_of(request_id: str) -> int:
     return 3 if request_id.startswith("three") else 0
 
 
-def test_an_output_carries_what_is_new_and_the_total() -> None:
+def test_an_output_carries_its_total_and_the_first_one_what_is_new_for_its_client() -> None:
     ledger = Ledger(engine=1)
     ledger.add(record(a=2), client_of)
-    ledger.add(record(a=3, b=1), client_of)  # prefill chunks have no output in between
-    content = ledger.tell("a")
-    assert content is not None
-    assert (content["engine"], content["new"][0], content["total"][0]) == (1, 5, 5)
-    ledger.add(record(a=4), client_of)
-    content = ledger.tell("a")
-    assert content is not None
-    assert (content["new"][0], content["total"][0]) == (4, 9)
+    ledger.add(record(a=3, b=1, three=7), client_of)  # prefill chunks have no output in between
+    assert ledger.close(lambda name: True)[0].request_id == ENGINE_LETTER
+    told = [ledger.tell(name) for name in ("a", "b", "three")]
+    assert [x and (x["engine"], x["total"][0]) for x in told] == [(1, 5), (1, 1), (1, 7)]
+    assert [x and x.get("new", [None])[0] for x in told] == [6, None, 7]
+    ledger.add(record(b=4, three=2, a=1), client_of)  # in another order
+    told = [ledger.tell(name) for name in ("a", "b", "three")]
+    assert [x and (x["total"][0], x.get("new", [None])[0]) for x in told] == [
+        (6, 5),
+        (5, None),
+        (9, 2),
+    ]
     assert ledger.tell("unknown") is None
 
 
@@ -42,14 +47,22 @@ def test_counts_of_an_aborted_request_travel_in_a_letter_to_its_client() -> None
     ledger.add(record(three=2, a=1), client_of)
     ledger.tell("a")
     letters = ledger.close(lambda name: False)
-    assert [(x.client, x.request_id, x.content["new"][0]) for x in letters[:-1]] == [
-        (3, "three", 2)
-    ]
+    assert [(x.client, x.content["new"][0]) for x in letters[:-1]] == [(3, 2)]
     # A step that was under way when the request left.
     ledger.add(record(three=5), client_of)
     (letter, _) = ledger.close(lambda name: False)
-    assert (letter.request_id, letter.content["new"][0]) == ("three", 5)
+    assert (letter.client, letter.content["new"][0]) == (3, 5)
     assert ledger.tell("three") is None
+
+
+def test_a_request_of_a_name_that_was_used_before_starts_from_nothing() -> None:
+    ledger = Ledger(engine=0)
+    for _ in range(2):
+        ledger.add(record(a=3), client_of)
+        content = ledger.tell("a")
+        assert content is not None
+        assert content["total"][0] == 3
+        ledger.close(lambda name: False)
 
 
 def test_layers_are_told_once_a_second_and_when_the_engine_is_empty(
@@ -82,7 +95,7 @@ def test_layers_of_requests_that_asked_are_cumulative() -> None:
     ledger = Ledger(engine=0)
     for _ in range(2):
         ledger.add(
-            StepRecord(["a"], [row(3)], np.array([row(1), row(2)]), {"a": [row(1), row(2)]}),
+            StepRecord(["a"], [row(3)], layers := np.array([row(1), row(2)]), {"a": layers}),
             client_of,
         )
     content = ledger.tell("a")
@@ -107,7 +120,7 @@ def test_everything_added_is_told_whatever_happens(seed: int) -> None:
         live -= {name for name in live if dice.random() < 0.1}  # aborted or finished
         for name in batch:
             if dice.random() < 0.7 and (content := ledger.tell(name)) is not None:
-                add(told, content["new"])
+                add(told, content.get("new", zeros()))
         for letter in ledger.close(live.__contains__):
             add(told, letter.content.get("new", zeros()))
             for counts in letter.content.get("new_layers", []):

@@ -2,7 +2,11 @@
 
 import asyncio
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +15,10 @@ pytest.importorskip("prometheus_client")
 
 from prometheus_client import CollectorRegistry, generate_latest  # noqa: E402
 
-from vllm_toptheta.request_options import Target, Targets  # noqa: E402
+from vllm_toptheta.kernels.columns import COLUMNS, MASS_UNIT  # noqa: E402
+from vllm_toptheta.requests import Target, Targets  # noqa: E402
 from vllm_toptheta.telemetry import live as live_module  # noqa: E402
 from vllm_toptheta.telemetry import shield  # noqa: E402
-from vllm_toptheta.telemetry.counters import FIELDS, MASS_UNIT  # noqa: E402
 from vllm_toptheta.telemetry.delivery import Choice  # noqa: E402
 from vllm_toptheta.telemetry.live import Live  # noqa: E402
 from vllm_toptheta.telemetry.prometheus import DRIFT_WINDOW, Metrics  # noqa: E402
@@ -23,7 +27,7 @@ TARGETS = Targets(Target(0.001, 0.5), None)
 
 
 def row(**values: int) -> list[int]:
-    return [values.get(name, 0) for name in FIELDS]
+    return [values.get(name, 0) for name in COLUMNS]
 
 
 @pytest.fixture
@@ -70,19 +74,21 @@ def test_a_finished_sequence_is_one_observation(registry: CollectorRegistry) -> 
     counts = row(
         rows=2, keys_scored=100, keys_kept=25, keys_target=20, kept_mass=MASS_UNIT * 19 // 10
     )
-    assert value(registry, "kept_mass_count") == 0, "there before it happens"
+    assert value(registry, "kept_mass_count", adapter="") == 0, "there before it happens"
     metrics.finished(Choice("x", 0, "k", TARGETS, counts=counts))
+    metrics.finished(Choice("x", 0, "k", TARGETS, counts=counts, adapter="style"))
     prompts = row(prefill_rows=4, prefill_kept_mass=3 * MASS_UNIT)
     metrics.finished(Choice("y", 0, "default", TARGETS, counts=prompts))  # no decode row
-    assert value(registry, "request_kept_fraction_sum") == 0.25
-    assert value(registry, "request_target_ratio_sum") == 1.25
-    assert value(registry, "request_kept_fraction_count") == 1
-    assert value(registry, "kept_mass_sum") == 0.95
-    assert value(registry, "kept_mass_count") == 1
-    assert value(registry, "kept_mass_bucket", le="0.925") == 0
-    assert value(registry, "kept_mass_bucket", le="0.95") == 1
+    assert value(registry, "request_kept_fraction_sum") == 0.5
+    assert value(registry, "request_target_ratio_sum") == 2.5
+    assert value(registry, "request_kept_fraction_count") == 2
+    assert value(registry, "kept_mass_count", adapter="style") == 1
+    assert value(registry, "kept_mass_sum", adapter="") == 0.95
+    assert value(registry, "kept_mass_count", adapter="") == 1
+    assert value(registry, "kept_mass_bucket", adapter="", le="0.925") == 0
+    assert value(registry, "kept_mass_bucket", adapter="", le="0.95") == 1
     assert value(registry, "prefill_kept_mass_sum") == 0.75
-    assert value(registry, "requests_total", setting="k") == 1
+    assert value(registry, "requests_total", setting="k") == 2
     assert value(registry, "requests_total", setting="default") == 1
     assert value(registry, "requests_total", setting="min_prob") == 0, "there before it happens"
 
@@ -176,7 +182,7 @@ def test_the_log_line_comes_while_there_is_traffic(
 def test_the_log_line_tells_of_the_phases_there_were() -> None:
     decode = {"rows": 10, "keys_scored": 100, "keys_kept": 25}
     prompts = {"prefill_rows": 20, "prefill_keys_scored": 400, "prefill_keys_kept": 80}
-    zero = dict.fromkeys(FIELDS, 0)
+    zero = dict.fromkeys(COLUMNS, 0)
     lines = [
         live_module.describe(zero | named)
         for named in (decode, prompts | {"dense_prefill": 5}, decode | prompts)
@@ -213,3 +219,28 @@ def test_seconds_show_what_was_saved_and_what_was_kept(monkeypatch: pytest.Monke
     *_, busy, idle = live.v_rows_per_second()
     assert busy == {"second": 1000, "read": 4, "saved": 14, "kept_mass": 0.5}
     assert idle == {"second": 1001, "read": 0, "saved": 0, "kept_mass": None}
+
+
+SERVER = """
+import os, sys
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from vllm_toptheta.telemetry.prometheus import Metrics
+
+Metrics("m", {"min_prob": sys.argv[1]}, CollectorRegistry())
+shown = CollectorRegistry()
+MultiProcessCollector(shown)
+print(generate_latest(shown).decode())
+mark_process_dead(os.getpid())  # as vLLM does where a server ends
+"""
+
+
+def test_a_restart_with_other_options_leaves_no_info_behind(tmp_path: Path) -> None:
+    """Several API servers keep their metrics in a folder, which may outlive them."""
+    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    for min_prob in ("0.001", "0.002"):
+        command = [sys.executable, "-c", SERVER, min_prob]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    series = [line for line in done.stdout.splitlines() if line.startswith("vllm_toptheta_info{")]
+    assert series == ['vllm_toptheta_info{min_prob="0.002",model_name="m"} 1.0']

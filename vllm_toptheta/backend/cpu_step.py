@@ -2,18 +2,20 @@
 need of the step.
 """
 
-from dataclasses import dataclass, field
+import itertools
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from vllm.distributed import get_tp_group
 
+from vllm_toptheta.backend.counts import StepCounts, in_units
 from vllm_toptheta.backend.dial import KindRows, RowPlan
 from vllm_toptheta.backend.heads import HeadCounts
-from vllm_toptheta.backend.prompts import PromptStep
-from vllm_toptheta.telemetry.counters import FIELDS, MASS_UNIT
+from vllm_toptheta.backend.prompts import PromptRows, PromptStep
+from vllm_toptheta.kernels.columns import COLUMNS
+from vllm_toptheta.kernels.decode import DecodeRows
 
 
 @dataclass
@@ -23,12 +25,12 @@ class StockRows:
     Attributes:
         rows: [num_rows] int64, which of the decode rows; None for all of them.
         metadata: CPU_ATTN's, of these rows.
-        others: [num_decodes] int32, lengths of the other rows, 0 for these.
+        others: all rows, with length 0 for these.
     """
 
     rows: torch.Tensor | None
     metadata: Any
-    others: torch.Tensor
+    others: DecodeRows
 
 
 @dataclass
@@ -37,42 +39,36 @@ class DecodeStep:
 
     Attributes:
         num_decodes: rows; each is one token of one request, and they come first in the batch.
-        block_table: [num_decodes, max_blocks] int32.
-        seq_lens: [num_decodes] int32.
-        log_min_prob: [num_layers, num_decodes, num_kv_heads] float32, natural logarithm.
-        min_mass: [num_decodes] float32.
-        dense: [num_layers, num_decodes] bool, rows that run without pruning.
-        num_kept: [num_layers, num_decodes, num_kv_heads] int32, written by the kernel.
-        kept_mass: [num_layers, num_decodes, num_heads] float32, written by the kernel.
-        lifts: [num_layers, num_decodes, num_kv_heads] int32, written by the kernel.
+        rows: as the kernel takes them, which writes their counts.
         stock: by layer, the rows that our kernel does not take; None where it takes all.
-        of_layer: log_min_prob, dense, num_kept, kept_mass and lifts of each layer: made at once,
-            which takes a fifth of one by one.
     """
 
     num_decodes: int
-    block_table: torch.Tensor
-    seq_lens: torch.Tensor
-    log_min_prob: torch.Tensor
-    min_mass: torch.Tensor
-    dense: torch.Tensor
-    num_kept: torch.Tensor
-    kept_mass: torch.Tensor
-    lifts: torch.Tensor
+    rows: DecodeRows
     stock: list[StockRows | None]
-    of_layer: list[tuple[torch.Tensor, ...]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        whole = (self.log_min_prob, self.dense, self.num_kept, self.kept_mass, self.lifts)
-        self.of_layer = list(zip(*(tensor.unbind() for tensor in whole), strict=True))
-
-
-_V_COLUMNS = ("v_rows_scored", "v_rows_read", "prefill_v_tiles", "prefill_v_tiles_read")
 
 
 @dataclass
-class StepCounts:
-    """What the counters need of one step; `totals` runs after the last layer.
+class TopThetaCPUMetadata:
+    """One step's attention metadata for the layers of one builder.
+
+    Attributes:
+        num_actual_tokens: tokens of the batch; decode rows first.
+        decode: the decode rows, or None.
+        prefill: CPU_ATTN's metadata of the remaining rows, where our kernel does not take them, or
+            None.
+        prompts: the remaining rows, where they run on our kernel, or None.
+    """
+
+    num_actual_tokens: int
+    decode: DecodeStep | None
+    prefill: Any | None
+    prompts: PromptRows | None = None
+
+
+@dataclass
+class CPUStepCounts(StepCounts):
+    """One attention step on a CPU.
 
     Attributes:
         decode: the decode rows, or None.
@@ -80,126 +76,90 @@ class StepCounts:
         prompts: the prompt rows of the requests after the decode rows, where they are pruned, or
             None.
         prefill_lens: [num_reqs] prompt tokens of every request in this step.
-        layers: index of this builder's layers into an axis of all layers.
-        num_layers: layers of the model.
-        num_heads, num_kv_heads: of this rank.
-        first_replica: whether no lower rank holds the same kv head; V rows of a kv head that
-            several ranks hold are counted by one.
-        detail: batch rows of the requests that asked for counts per layer.
-        heads: counts per head since the start, of this builder; updated by `totals`.
+        layers: [num_layers of this builder] index into an axis of all layers.
+        heads: counts per head since the start, of this builder; updated by `lines`.
     """
+
+    GROUP = "cpu_group"
 
     decode: DecodeStep | None
     rows: RowPlan | None
     prompts: PromptStep | None
     prefill_lens: torch.Tensor
-    layers: slice | list[int]
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    first_replica: bool
-    detail: list[int]
+    layers: NDArray[np.int64]
     heads: HeadCounts
 
-    @property
-    def num_reqs(self) -> int:
-        return len(self.prefill_lens)
-
-    def totals(self) -> torch.Tensor:
-        """Counts as `StepLog.append` wants them, summed over tensor-parallel ranks."""
-        # Requests, layers, and the layers of each request in `detail`, one after the other.
+    def lines(self) -> torch.Tensor:
         width = self.num_reqs + self.num_layers * (1 + len(self.detail))
-        counts = np.zeros((len(FIELDS), width), dtype=np.int64)
-        columns = dict(zip(FIELDS, counts, strict=True))
+        lines = np.zeros((width, len(COLUMNS)), dtype=np.int64)
         if self.decode is not None and self.rows is not None:
-            self._count_decodes(self.decode, self.rows.kinds, columns)
-        prompts: dict[str, NDArray[np.int64]] = {}
+            self._count_decodes(self.decode, self.rows.kinds, lines)
         if self.prompts is not None:
             prompts = self.prompts.counts()
+            self._add_up(prompts, lines, self.num_reqs - len(self.prompts.seq_lens))
         elif self.decode is None or self.decode.num_decodes < self.num_reqs:
-            lens = self.prefill_lens.numpy() * self.num_heads
-            prompts = {"dense_prefill": np.tile(lens, (len(self.heads.layers), 1))}
-        for name, values in prompts.items():
-            first = self.num_reqs - values.shape[1]
-            self._add_up(values[None], columns[name][None], first)
-        if not self.first_replica:
-            for name in _V_COLUMNS:
-                columns[name][:] = 0
-        totals = torch.from_numpy(counts.T.reshape(-1))
-        group = get_tp_group()
-        if group.world_size > 1:
-            torch.distributed.all_reduce(totals, group=group.cpu_group)
-        return totals
+            lens = self.prefill_lens.numpy()
+            self._add_up({"dense_prefill": np.tile(lens, (len(self.layers), 1))}, lines, 0)
+        return torch.from_numpy(lines)
 
     def _add_up(
-        self,
-        values: NDArray[np.int64],
-        out: NDArray[np.int64],
-        first: int = 0,
-        of_layer: NDArray[np.int64] | None = None,
-    ) -> None:
-        """Sums over layers, over rows, and what requests in `detail` have in each layer.
+        self, counts: dict[str, NDArray[Any]], lines: NDArray[np.int64], first: int
+    ) -> NDArray[np.float64]:
+        """Write columns: what requests have in all layers, layers of all requests, and requests in
+        `detail` in each layer.
+
+        All columns in one array: on rows this few, what costs is the number of calls.
 
         Args:
-            values: [n, num_layers, num_rows]; with `of_layer` [n, num_kinds, num_rows].
-            out: [n, width], written.
+            counts: by column, [num_layers, num_rows] or [num_layers, num_rows, num_heads].
+            lines: [width, len(COLUMNS)], written.
             first: request of the first row.
-            of_layer: [num_layers] kind of each layer; None for one of its own.
+
+        Returns:
+            [num_layers, heads of all columns] sums over rows.
         """
-        rows, last = values.shape[2], first + values.shape[2]
-        requests = out[:, : self.num_reqs]
-        # Also a view: only the last axis is cut.
-        layers = out[:, self.num_reqs :].reshape(len(out), -1, self.num_layers)
-        per_layer = values.sum(2)
-        if of_layer is None:
-            requests[:, first:last] = values.sum(1)
-        else:
-            layers_of_kind = np.bincount(of_layer)
-            requests[:, first:last] = (values * layers_of_kind[:, None]).sum(1)
-            per_layer = per_layer[:, of_layer]
-        layers[:, 0, self.layers] = per_layer
+        columns = [COLUMNS.index(name) for name in counts]
+        by_head = [values if values.ndim == 3 else values[..., None] for values in counts.values()]
+        starts = [0, *itertools.accumulate(values.shape[2] for values in by_head[:-1])]
+        # float64 holds these integers.
+        whole = np.concatenate(by_head, 2, dtype=np.float64)
+        rows = whole.shape[1]
+
+        def of_heads(values: NDArray[np.float64]) -> NDArray[np.float64]:
+            return np.add.reduceat(values, starts, axis=1)
+
+        # NumPy adds up along the first axis faster, torch along the second.
+        sums: NDArray[np.float64] = torch.from_numpy(whole).sum(1).numpy()
+        lines[first : first + rows, columns] = of_heads(whole.sum(0))
+        layers = self.num_reqs + self.layers[:, None]
+        lines[layers, columns] = of_heads(sums)
         for number, row in enumerate(self.detail, 1):
             if 0 <= row - first < rows:
-                of_row = values[:, :, row - first]
-                layers[:, number, self.layers] = of_row if of_layer is None else of_row[:, of_layer]
+                lines[layers + number * self.num_layers, columns] = of_heads(whole[:, row - first])
+        return sums
 
-    def _count_decodes(
-        self, decode: DecodeStep, kinds: KindRows, columns: dict[str, NDArray[np.int64]]
-    ) -> None:
+    def _count_decodes(self, decode: DecodeStep, kinds: KindRows, lines: NDArray[np.int64]) -> None:
         """Write the columns of decode rows, and add to the counts per head."""
-        group, width = self.num_heads // self.num_kv_heads, len(columns["rows"])
-        # Sums of short last axes are torch's: NumPy makes them number by number.
-        kept, masses = decode.num_kept, decode.kept_mass.double()
-        any_dense = bool(kinds.dense.any())
-        if any_dense:  # CPU_ATTN counts nothing
-            visible = kinds.by_layer(kinds.visible)[..., None]
-            kept = torch.where(decode.dense[..., None], visible, kept)
-        read = kept.sum(2).numpy()
-        target = kinds.target * ~kinds.dense
-        measured = np.zeros((4, *read.shape), dtype=np.int64)
-        measured[0] = read
+        kept = decode.rows.num_kept.numpy()
+        visible = kinds.visible[kinds.of_layer]
+        if any(decode.stock):  # CPU_ATTN counts nothing
+            kept = np.where(decode.rows.dense.numpy()[..., None], visible[..., None], kept)
+        counts: dict[str, NDArray[Any]] = {  # first those of `HeadCounts.sums`, in their order
+            "keys_kept": kept,
+            "kept_mass": in_units(decode.rows.kept_mass).numpy(),
+            "keys_scored": visible,
+            "rows": np.ones_like(visible),
+        }
+        if (lifted := decode.rows.lifts.numpy() > 0).any():
+            counts["rows_lifted"] = lifted
+        if any_dense := kinds.dense.any():
+            counts |= {name: mask[kinds.of_layer] for name, mask in kinds.reasons.items()}
+        target = kinds.target * ~kinds.dense if any_dense else kinds.target
+        same = {"v_rows_scored": "keys_scored", "v_rows_read": "keys_kept"}
         if target.any():
-            measured[1] = read * (target > 0)[kinds.of_layer]
-        measured[2] = np.rint(masses.sum(2).numpy() * MASS_UNIT)
-        measured[3] = (decode.lifts > 0).sum(2).numpy()
-        sums = np.zeros((4, width), dtype=np.int64)
-        self._add_up(measured, sums)
-        planned = [np.ones_like(target), kinds.visible, target]
-        names = ["rows", "keys_scored", "keys_target"]
-        if any_dense:
-            planned += [reason.astype(np.int64) for reason in kinds.reasons.values()]
-            names += kinds.reasons
-        known = np.zeros((len(planned), width), dtype=np.int64)
-        self._add_up(np.stack(planned), known, of_layer=kinds.of_layer)
-        for name, values in zip(names, known, strict=True):
-            columns[name][:] = values if name == "keys_target" else values * self.num_heads
-        columns["v_rows_scored"][:] = known[1] * self.num_kv_heads
-        columns["keys_kept"][:] = sums[0] * group
-        columns["v_rows_read"][:] = sums[0]
-        columns["keys_dense"][:] = (sums[0] - sums[1]) * group
-        columns["kept_mass"][:] = sums[2]
-        columns["rows_lifted"][:] = sums[3] * group
-        self.heads.kept += kept.sum(1).numpy()
-        self.heads.scored += kinds.visible.sum(1)[kinds.of_layer, None]
-        self.heads.kept_mass += masses.sum(1).numpy()
-        self.heads.rows += decode.num_decodes
+            counts["keys_target"] = target = target[kinds.of_layer]
+            counts["keys_dense"] = kept * (target == 0)[..., None]
+        else:
+            same["keys_dense"] = "keys_kept"
+        self.heads.add(self._add_up(counts, lines, 0))
+        lines[:, [*map(COLUMNS.index, same)]] = lines[:, [*map(COLUMNS.index, same.values())]]

@@ -14,9 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm_toptheta.backend.plan import Plan
-from vllm_toptheta.request_options import RequestOptions, Target
-from vllm_toptheta.telemetry.carrier import batch_request_ids
-from vllm_toptheta.telemetry.step_log import STEP_LOG
+from vllm_toptheta.requests import Resolved, Target
 
 Phase = Literal["decode", "prefill"]
 REASONS = ("dense_short", "dense_window", "dense_layer", "dense_off")
@@ -26,44 +24,40 @@ _MAX_CURVES = 1024
 """Curves of k kept ready, a few numbers each. Clients choose k freely, so there is a bound."""
 
 
-def row_options(cam: Any) -> dict[int, RequestOptions]:
-    """Options that are not the default ones, by batch row.
-
-    Args:
-        cam: vLLM's `CommonAttentionMetadata` of the batch that is being prepared.
-    """
-    runner = STEP_LOG.runner
-    if runner is None or not STEP_LOG.options:
-        return {}
-    request_ids = batch_request_ids(runner, getattr(cam, "req_idx", None))
-    by_id = STEP_LOG.options
-    return {row: by_id[name] for row, name in enumerate(request_ids) if name in by_id}
-
-
 def rest_of_batch(
-    cam: Any, options: Mapping[int, RequestOptions], num_rows: int
-) -> tuple[Any, dict[int, RequestOptions]]:
+    cam: Any, options: Mapping[int, Resolved], num_rows: int
+) -> tuple[Any, dict[int, Resolved]]:
     """The requests after the first ones, as a batch of their own.
 
     Args:
         cam: vLLM's `CommonAttentionMetadata` of the whole batch.
-        options: from `row_options`.
+        options: by batch row, where they are not the default ones.
         num_rows: requests to leave out; there are more in the batch.
 
     Returns:
         Metadata and options of the others.
     """
-    tokens = int(cam.query_start_loc_cpu[num_rows])
-    rest = cam.replace(
-        query_start_loc=cam.query_start_loc[num_rows:] - tokens,
-        query_start_loc_cpu=cam.query_start_loc_cpu[num_rows:] - tokens,
-        seq_lens=cam.seq_lens[num_rows:],
-        num_reqs=cam.num_reqs - num_rows,
-        num_actual_tokens=cam.num_actual_tokens - tokens,
-        block_table_tensor=cam.block_table_tensor[num_rows:],
-        slot_mapping=cam.slot_mapping[tokens:],
-    )
+    rest = part_of_batch(cam, num_rows, cam.num_reqs)
     return rest, {row - num_rows: asked for row, asked in options.items() if row >= num_rows}
+
+
+def part_of_batch(cam: Any, first: int, end: int) -> Any:
+    """Requests that follow each other, as a batch of their own.
+
+    Args:
+        cam: vLLM's `CommonAttentionMetadata` of the whole batch.
+        first, end: batch rows, one at least.
+    """
+    begin, last = cam.query_start_loc_cpu[[first, end]].tolist()
+    return cam.replace(
+        query_start_loc=cam.query_start_loc[first : end + 1] - begin,
+        query_start_loc_cpu=cam.query_start_loc_cpu[first : end + 1] - begin,
+        seq_lens=cam.seq_lens[first:end],
+        num_reqs=end - first,
+        num_actual_tokens=last - begin,
+        block_table_tensor=cam.block_table_tensor[first:end],
+        slot_mapping=cam.slot_mapping[begin:last],
+    )
 
 
 def single_rows_of_batch(cam: Any, rows: Tensor) -> Any:
@@ -173,8 +167,7 @@ class Dial:
     """Thresholds of one builder's layers, for whatever requests ask for.
 
     Attributes:
-        layers: index of the builder's layers into an axis of all layers; a slice where they
-            follow each other.
+        layers: [num_layers] int64, index of the builder's layers into an axis of all layers.
         weights: [num_layers, num_heads, NUM_WEIGHTS] float32, of the compensation.
     """
 
@@ -195,8 +188,7 @@ class Dial:
             first_head: first query head of this rank.
             num_heads: query heads of this rank.
         """
-        in_a_row = layers == list(range(layers[0], layers[0] + len(layers)))
-        self.layers = slice(layers[0], layers[-1] + 1) if in_a_row else layers
+        self.layers = np.array(layers)
         self.weights, self._offsets = plan.of_rank(layers, first_head, num_heads)
         self._plan, self._num_heads = plan, num_heads
         kinds = [
@@ -212,12 +204,12 @@ class Dial:
         never = self._windows <= plan.config.min_kv_len
         self._dense_window = never & ~self._dense_layer
         self._curve_at_k = functools.lru_cache(_MAX_CURVES)(self._curve_of)
-        self._last: dict[Phase, tuple[int, dict[int, RequestOptions], _Settings]] = {}
+        self._last: dict[Phase, tuple[int, dict[int, Resolved], _Settings]] = {}
 
     def plan(
         self,
         seq_lens: Tensor,
-        options: Mapping[int, RequestOptions],
+        options: Mapping[int, Resolved],
         phase: Phase = "decode",
         query_lens: Tensor | None = None,
     ) -> RowPlan:
@@ -250,7 +242,7 @@ class Dial:
             min_mass = min_mass.repeat_interleave(query_lens)
             if settings.log_min_prob is not None:
                 log_min_prob = log_min_prob.repeat_interleave(query_lens, 1)
-        reasons = self._reasons(visible, off, excluded=self._server(phase) is None)
+        reasons = self._reasons(visible, off, excluded=getattr(self._plan.targets, phase) is None)
         kinds = KindRows(
             of_layer=self._kind_of,
             visible=visible,
@@ -265,23 +257,20 @@ class Dial:
                 log_min_prob = log_min_prob.clone()
         return RowPlan(kinds, log_min_prob, min_mass)
 
-    def _server(self, phase: Phase) -> Target | None:
-        """What rows run with where their request does not say."""
-        return self._plan.targets.decode if phase == "decode" else self._plan.targets.prefill
-
     def _settings(
-        self, options: Mapping[int, RequestOptions], num_requests: int, phase: Phase
+        self, options: Mapping[int, Resolved], num_requests: int, phase: Phase
     ) -> _Settings:
         """What the requests of a batch ask for; what was found last, where they are the same."""
         asked = {i: one for i, one in options.items() if i < num_requests}
         if (last := self._last.get(phase)) is not None and last[:2] == (num_requests, asked):
             return last[2]
-        server = self._server(phase)
+        server: Target | None = getattr(self._plan.targets, phase)
         off = np.zeros(num_requests, dtype=bool)
         targets = [server or Target(1.0)] * num_requests
         if server is not None:
             for i, one in asked.items():
-                targets[i], off[i] = server.of(one), one.off
+                target = getattr(one.targets, phase)
+                targets[i], off[i] = target or server, target is None
         curves = log_min_prob = None
         if any(target.k is not None for target in targets):
             curves = torch.stack([self._curve_at_k(target) for target in targets])

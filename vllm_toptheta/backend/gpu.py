@@ -1,5 +1,5 @@
 """The GPU backend: single-token rows of vLLM's attention calls run on the Top-theta decode kernel,
-the rest on vLLM's Triton attention.
+the rest on vLLM's FlashAttention or Triton attention.
 
 Everything that the decode kernel needs lives in tensors that stay in place and are refreshed in
 `build`, which runs every step, also where a captured graph replays the layers. By default only
@@ -9,11 +9,10 @@ token left over by the prefix cache or a chunk boundary takes the dense path ins
 rows. Either way a prompt's KV does not depend on how it was chunked or cached.
 """
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
@@ -22,28 +21,27 @@ from vllm.v1.attention.backend import (
     AttentionType,
     CommonAttentionMetadata,
 )
+from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionBackend,
-    TritonAttentionImpl,
-    TritonAttentionMetadata,
     TritonAttentionMetadataBuilder,
 )
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from vllm_toptheta.backend.dial import rest_of_batch, row_options
-from vllm_toptheta.backend.gpu_tensors import LayerShape, StepRows, StepTensors
+from vllm_toptheta.backend.gpu_batch import other_batches, single_token_rows
+from vllm_toptheta.backend.gpu_layer import TopThetaGPUImpl
+from vllm_toptheta.backend.gpu_stock import flash_builder
+from vllm_toptheta.backend.gpu_tensors import LayerShape, StepTensors
 from vllm_toptheta.backend.gpu_warmup import warm_up
+from vllm_toptheta.backend.heads import count_heads, publish
 from vllm_toptheta.backend.plan import Plan
-from vllm_toptheta.backend.registration import NAME
-from vllm_toptheta.backend.sidecar import check_room, pad_page, v_means_view
-from vllm_toptheta.backend.step import GPUStepCounts
+from vllm_toptheta.backend.sidecar import check_plain, check_room, pad_page
+from vllm_toptheta.backend.step import GPUStepCounts, TopThetaGPUMetadata
+from vllm_toptheta.config import TopThetaConfig
+from vllm_toptheta.hooks import model_runner
+from vllm_toptheta.hooks.attention_backend import NAME
 from vllm_toptheta.kernels.triton.checks import MAX_HEAD_DIM, MIN_HEAD_DIM, check_supported
-from vllm_toptheta.kernels.triton.config import choose_config, choose_prefill_config
-from vllm_toptheta.kernels.triton.decode import decode_attention
-from vllm_toptheta.kernels.triton.means import update_v_means
-from vllm_toptheta.kernels.triton.prefill import prefill_attention
-from vllm_toptheta.telemetry.carrier import install_on_worker
-from vllm_toptheta.telemetry.step_log import STEP_LOG
+from vllm_toptheta.kernels.triton.config import can_chain, choose_config
 
 logger = init_logger("vllm.toptheta.gpu")
 
@@ -71,12 +69,20 @@ class TopThetaGPUBackend(TritonAttentionBackend):
         return TopThetaGPUMetadataBuilder
 
     @classmethod
+    def path_for(cls, dtype: torch.dtype) -> str:
+        """The class that serves layers of the current engine, whatever their `dtype`."""
+        config = TopThetaConfig.from_additional_config(get_current_vllm_config().additional_config)
+        chosen = cls if config.needs_means else TopThetaGPUBareBackend
+        return f"{chosen.__module__}.{chosen.__qualname__}"
+
+    @classmethod
     def customize_spec(cls, spec: Any) -> Any:
         return pad_page(spec)
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
-        return max(super().get_preferred_block_size(default_block_size), _PREFERRED_BLOCK_SIZE)
+        size = max(super().get_preferred_block_size(default_block_size), _PREFERRED_BLOCK_SIZE)
+        return FlashAttentionBackend.get_preferred_block_size(size)
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
@@ -120,7 +126,7 @@ class TopThetaGPUBackend(TritonAttentionBackend):
 
     @classmethod
     def supports_kv_connector(cls) -> bool:
-        # Connectors move K and V by view and would leave the means behind.
+        # Connectors move K and V by view and would leave the means behind; without means none ran.
         return False
 
     @classmethod
@@ -138,19 +144,14 @@ class TopThetaGPUBackend(TritonAttentionBackend):
         return super().validate_configuration(*args, **kwargs)
 
 
-@dataclass
-class TopThetaGPUMetadata:
-    """One step's attention metadata for the layers of one builder.
+class TopThetaGPUBareBackend(TopThetaGPUBackend):
+    """The same in stock's pages, where nothing reads V means: vLLM asks a class, without a
+    configuration, how large they are."""
 
-    Attributes:
-        num_actual_tokens: tokens of the batch; single-token requests first.
-        rows: the tokens that run on our kernels, or None.
-        prefill: TRITON_ATTN's metadata of the other requests, or None.
-    """
-
-    num_actual_tokens: int
-    rows: StepRows | None
-    prefill: TritonAttentionMetadata | None
+    @classmethod
+    def customize_spec(cls, spec: Any) -> Any:
+        check_plain(spec)
+        return spec
 
 
 class TopThetaGPUMetadataBuilder(TritonAttentionMetadataBuilder):
@@ -174,7 +175,8 @@ class TopThetaGPUMetadataBuilder(TritonAttentionMetadataBuilder):
         # Thresholds are looked up in build(), which a graph of draft steps would skip.
         self.supports_draft_decode_metadata_update = False
         self.plan = Plan.from_vllm_config(vllm_config)
-        check_room(kv_cache_spec)
+        if self.plan.config.needs_means:
+            check_room(kv_cache_spec)
         attention = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         layers = [attention[name] for name in layer_names]
         self._check_layers(layers)
@@ -191,18 +193,37 @@ class TopThetaGPUMetadataBuilder(TritonAttentionMetadataBuilder):
             max_rows=vllm_config.scheduler_config.max_num_seqs,
             max_len=vllm_config.model_config.max_model_len,
             block_size=self.block_size,
-            launch=choose_config(head_dim=shape.head_dim),
+            launch=choose_config(
+                head_dim=shape.head_dim,
+                cache_bytes=1 if impls[0].is_fp8 else 2,
+                warp_size=64 if current_platform.is_rocm() else 32,
+                chained=can_chain(device),
+            ),
             num_units=_num_units(device),
             device=device,
         )
         for slot, impl in enumerate(impls):
             impl.bind(slot, self.tensors)
+        self.prunes_prompts = self.plan.targets.prefill is not None
+        self.flash = None
+        if not self.prunes_prompts:
+            self.flash = flash_builder(impls, kv_cache_spec, layer_names, vllm_config, device)
         if vllm_config.speculative_config is not None and self.plan.config.phases == "decode":
             logger.warning_once(
                 "toptheta: rows that verify several draft tokens at once are not pruned; "
                 "they are counted as dense"
             )
-        install_on_worker(vllm_config, count=self.plan.config.telemetry)
+        self.heads = count_heads(
+            vllm_config.instance_id,
+            indices,
+            self.tensors.first_head,
+            shape.num_heads,
+            shape.num_kv_heads,
+            device,
+        )
+        model_runner.install(vllm_config, count=self.plan.config.telemetry)
+        if self.plan.config.telemetry:
+            publish()
         if device.type == "cuda":
             warm_up(self, layers)
 
@@ -213,7 +234,7 @@ class TopThetaGPUMetadataBuilder(TritonAttentionMetadataBuilder):
                 f"toptheta does not run the layers of {type(self).__name__}, whose rows are not "
                 "those of the batch. Serve this model with another --attention-backend"
             )
-        if any(layer.is_draft_layer for layer in layers):
+        if any(getattr(layer, "is_draft_layer", False) for layer in layers):
             raise ValueError(
                 "toptheta does not run a draft model: add "
                 '"attention_backend": "TRITON_ATTN" to --speculative-config'
@@ -231,17 +252,18 @@ class TopThetaGPUMetadataBuilder(TritonAttentionMetadataBuilder):
                 "toptheta attends to earlier tokens only, this model to later ones as well. "
                 "Serve it with another --attention-backend"
             )
-        num_single = _count_single_token_rows(cam.query_start_loc_cpu.diff())
-        options = row_options(cam)
-        rows, prefill = self.tensors.refresh(cam, num_single, options), None
-        if num_single < cam.num_reqs and self.plan.targets.prefill is None:
-            rest, _ = rest_of_batch(cam, options, num_single)
-            # An own copy: vLLM's kernel is compiled anew for lengths that start anywhere.
-            rest = rest.replace(seq_lens=rest.seq_lens.clone())
-            prefill = super().build(common_prefix_len, rest, fast_build)
-        metadata = TopThetaGPUMetadata(cam.num_actual_tokens, rows, prefill)
-        detail = [row for row, asked in options.items() if asked.layers]
-        STEP_LOG.append(self.counts(cam, metadata, detail))
+        single = single_token_rows(cam.query_start_loc_cpu)
+        options = model_runner.row_options(cam)
+        rows = self.tensors.refresh(cam, single, options)
+        rest = [] if self.prunes_prompts else other_batches(cam, single)
+        of_rest = super().build if self.flash is None else self.flash.build
+        # Fast, so without a schedule: FlashAttention makes one for a single window, and keeps it in
+        # one tensor, where the second part of a step would overwrite the first one's.
+        stock = [(tokens, of_rest(0, part, fast_build=True)) for tokens, part in rest]
+        metadata = TopThetaGPUMetadata(rows, stock)
+        if self.plan.config.telemetry:
+            detail = [row for row, asked in options.items() if asked.layers]
+            model_runner.record(self.counts(cam, metadata, detail))
         return metadata
 
     def counts(
@@ -251,7 +273,7 @@ class TopThetaGPUMetadataBuilder(TritonAttentionMetadataBuilder):
         detail: list[int],
     ) -> GPUStepCounts:
         """What the counters need of a step that was built; `detail` as there."""
-        return GPUStepCounts(self.tensors, metadata.rows, cam.query_start_loc, cam.seq_lens, detail)
+        return GPUStepCounts.of(self.tensors, self.heads, metadata.rows, cam, detail)
 
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
@@ -267,183 +289,8 @@ class TopThetaGPUMetadataBuilder(TritonAttentionMetadataBuilder):
         return metadata
 
 
-def _count_single_token_rows(query_lens: torch.Tensor) -> int:
-    """Leading rows with at most one token; padding of a captured graph has none."""
-    longer = query_lens > 1
-    return int(longer.int().argmax()) if bool(longer.any()) else len(query_lens)
-
-
 def _num_units(device: torch.device) -> int:
     """Multiprocessors."""
     if device.type != "cuda":
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-class TopThetaGPUImpl(TritonAttentionImpl):
-    """One attention layer: single-token rows and pruned prompts through the Top-theta kernels,
-    other prompts through TRITON_ATTN.
-    """
-
-    def __init__(
-        self,
-        num_heads: int,
-        head_size: int,
-        scale: float,
-        num_kv_heads: int,
-        alibi_slopes: list[float] | None,
-        sliding_window: int | None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        if alibi_slopes is not None:
-            raise ValueError(
-                "toptheta does not support ALiBi: its kernels know scores without a position bias "
-                "only. Serve this model with another --attention-backend"
-            )
-        if kwargs.get("chunk_lookback", -1) != -1:
-            raise ValueError(
-                "toptheta does not support chunked attention; serve with another backend"
-            )
-        super().__init__(
-            num_heads,
-            head_size,
-            scale,
-            num_kv_heads,
-            alibi_slopes,
-            sliding_window,
-            *args,
-            **kwargs,
-        )
-        self.head_dim = head_size
-        self.sm_scale = self.scale
-        self.window = sliding_window
-        self.soft_cap = self.logits_soft_cap or None
-        self.is_fp8 = self.kv_cache_dtype.startswith("fp8")
-        # vLLM would hand over a query in fp8; scores decide what is kept, so they keep its full
-        # precision.
-        self.supports_quant_query_input = False
-        self.prefill_config = choose_prefill_config(
-            head_dim=head_size,
-            cache_bytes=1 if self.is_fp8 else 2,
-            warp_size=64 if current_platform.is_rocm() else 32,
-        )
-
-    def bind(self, slot: int, tensors: StepTensors) -> None:
-        """Tell the layer its place in the builder's tensors."""
-        self.slot, self.tensors = slot, tensors
-
-    def fused_output_quant_supported(self, quant_key: Any) -> bool:
-        return False
-
-    def fused_rope_kvcache_supported(self) -> bool:
-        # The fused writer would leave the V means behind.
-        return False
-
-    def _split(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V, each [num_blocks, num_kv_heads, block_size, head_dim]."""
-        key_cache, value_cache = kv_cache.split(self.head_dim, dim=-1)
-        if self.is_fp8:
-            return key_cache.view(self.fp8_dtype), value_cache.view(self.fp8_dtype)
-        return key_cache, value_cache
-
-    def do_kv_cache_update(
-        self,
-        layer: Any,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-    ) -> None:
-        super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-        # Layers that never prune keep means too: others may share their cache.
-        if self.tensors.plan.needs_means:
-            v_means = v_means_view(kv_cache, key.dtype)
-            update_v_means(self._split(kv_cache)[1], v_means, slot_mapping)
-
-    def forward(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: TopThetaGPUMetadata | None,
-        output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        if attn_metadata is None:  # profiling run
-            return output.fill_(0)
-        if output_scale is not None or output_block_scale is not None:
-            raise NotImplementedError("toptheta does not fuse output quantisation")
-        rows, num_single = attn_metadata.rows, 0
-        if rows is not None:
-            num_single = rows.num_single
-            self._attend(layer, query, kv_cache, rows, output, attn_metadata.num_actual_tokens)
-        if attn_metadata.prefill is not None:
-            rest = slice(num_single, attn_metadata.num_actual_tokens)
-            super().forward(
-                layer, query[rest], key, value, kv_cache, attn_metadata.prefill, output[rest]
-            )
-        return output
-
-    def _attend(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        rows: StepRows,
-        output: torch.Tensor,
-        num_tokens: int,
-    ) -> None:
-        """Run our kernels over the tokens of a step that are theirs."""
-        # Made anew each time: a view that is kept would keep the temporary cache of vLLM's memory
-        # profiling allocated.
-        cache = (*self._split(kv_cache), v_means_view(kv_cache, query.dtype))
-        common = {
-            "sm_scale": self.sm_scale,
-            "window": self.window,
-            "soft_cap": self.soft_cap,
-            # Converted anew each time, also where a graph replays: weights may be loaded again.
-            "sinks": None if self.sinks is None else self.sinks.float(),
-            "k_scale": layer._k_scale if self.is_fp8 else None,
-            "v_scale": layer._v_scale if self.is_fp8 else None,
-        }
-        slot, held, per_token = self.slot, self.tensors, rows.tensors
-        if n := rows.num_single:
-            decode_attention(
-                query[:n],
-                *cache,
-                rows.block_table[:n],
-                rows.seq_lens[:n],
-                per_token.log_min_prob[slot, :n],
-                rows.min_mass,
-                dense=per_token.dense[slot, :n],
-                weights=held.weights[slot],
-                out=output[:n],
-                num_kept=per_token.num_kept[slot, :n],
-                kept_mass=per_token.kept_mass[slot, :n],
-                lifts=per_token.lifts[slot, :n],
-                scratch=held.scratch,
-                num_splits=held.num_splits(n),
-                config=held.launch,
-                **common,
-            )
-        if rows.prompt_starts is not None:
-            rest = slice(n, num_tokens)
-            prefill_attention(
-                query[rest],
-                *cache,
-                rows.block_table[n:],
-                rows.prompt_starts,
-                rows.seq_lens[n:],
-                per_token.log_min_prob[slot, n:],
-                dense=per_token.dense[slot, n:],
-                out=output[rest],
-                num_kept=per_token.num_kept[slot, n:],
-                v_tiles_read=per_token.v_tiles_read[slot, n:],
-                kept_mass=per_token.kept_mass[slot, n:],
-                config=self.prefill_config,
-                **common,
-            )

@@ -17,25 +17,24 @@ from torch import Tensor
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from vllm_toptheta.backend.counts import RankHeads
+from vllm_toptheta.backend.gpu_batch import other_rows, requests_and_lens, tokens_of
 from vllm_toptheta.backend.plan import Plan
-from vllm_toptheta.kernels.triton.checks import NO_WINDOW
-from vllm_toptheta.kernels.triton.config import LaunchConfig, choose_num_splits
-from vllm_toptheta.kernels.triton.counts import (
+from vllm_toptheta.kernels.columns import (
     DENSE_LAYER,
     DENSE_NONE,
     DENSE_ROW,
     DENSE_SHORT,
     DENSE_WINDOW,
-    CountedLayers,
-    CountedRows,
 )
+from vllm_toptheta.kernels.triton.checks import NO_WINDOW
+from vllm_toptheta.kernels.triton.config import LaunchConfig, choose_num_splits
+from vllm_toptheta.kernels.triton.counts import CountedLayers, CountedRows
 from vllm_toptheta.kernels.triton.decode import DecodeScratch
-from vllm_toptheta.request_options import RequestOptions
+from vllm_toptheta.requests import Resolved, Targets
 
 _MAX_SETTINGS = 256
 """Settings kept ready. Clients choose numbers freely, so without a bound they could fill memory."""
-
-_DEFAULT = RequestOptions()
 
 _MIN_MASS, _TARGET, _EXCLUDED, _IS_PROMPT, _LOG_MIN_PROB = range(5)
 """Rows of the settings; the slopes of a curve follow the last."""
@@ -104,31 +103,56 @@ class RowTensors:
     kept_mass: Tensor
 
 
+@dataclass(frozen=True)
+class PromptPart:
+    """Requests that follow each other and take the prefill kernel.
+
+    Attributes:
+        tokens: their tokens in the batch.
+        starts: [num_reqs + 1] int32, first token of each, counted from the first of them.
+        block_table: [num_reqs, max_blocks] int32.
+        seq_lens: [num_reqs] int32.
+    """
+
+    tokens: slice
+    starts: Tensor
+    block_table: Tensor
+    seq_lens: Tensor
+
+
 @dataclass
 class StepRows:
     """The query tokens of one step that our kernels attend: those of single-token requests, padding
-    of a captured graph included, which come first in the batch, and all others where prompts are
-    pruned.
+    of a captured graph included, and all others where prompts are pruned.
 
     Attributes:
-        num_single: single-token requests.
-        block_table: [at least num_reqs, max_blocks] int32.
-        seq_lens: [num_reqs] int32, 0 for padding.
-        prompt_starts: [num_reqs - num_single + 1] int32, first token of each other request, counted
-            from the first of them; None where there are none.
-        tensors: per token; there may be more than tokens.
+        first: batch row of the first single-token request; they follow each other.
+        single: tokens of the single-token requests in the batch.
+        single_at: the same in `tensors`.
+        block_table: [num_single, max_blocks] int32.
+        seq_lens: [num_single] int32, 0 for padding.
+        prompts: all other requests, before and behind the single-token ones, or none.
+        tensors: per token, of the whole batch where there are `prompts`, else of the single-token
+            requests; there may be more than tokens.
     """
 
-    num_single: int
+    first: int
+    single: slice
+    single_at: slice
     block_table: Tensor
     seq_lens: Tensor
-    prompt_starts: Tensor | None
+    prompts: list[PromptPart]
     tensors: RowTensors
+
+    @property
+    def num_single(self) -> int:
+        """Single-token requests."""
+        return len(self.seq_lens)
 
     @property
     def min_mass(self) -> Tensor:
         """[num_single] float32."""
-        return self.tensors.settings[_MIN_MASS, : self.num_single]
+        return self.tensors.settings[_MIN_MASS, self.single_at]
 
 
 class StepTensors:
@@ -137,7 +161,8 @@ class StepTensors:
     Attributes:
         layers: index and window of every layer.
         weights: [num_layers, num_heads, NUM_WEIGHTS] float32, of the compensation.
-        counts_kv_heads: whether this rank counts V rows; of ranks that share a kv head one does.
+        first_head: first query head of this rank.
+        units: of this rank's counts, see `RankHeads`.
         held: for max_rows single-token requests.
         scratch: partial results of the decode kernel.
     """
@@ -172,10 +197,11 @@ class StepTensors:
         """
         self.plan, self.shape, self.device = plan, shape, device
         self.launch, self.num_units, self.max_rows = launch, num_units, max_rows
-        first_head = get_tensor_model_parallel_rank() * shape.num_heads
-        of_model = plan.identity
-        self.counts_kv_heads = first_head % (of_model.num_heads // of_model.num_kv_heads) == 0
-        self._allocate_layers(indices, windows, first_head)
+        rank = get_tensor_model_parallel_rank()
+        self.first_head = rank * shape.num_heads
+        heads = RankHeads.of(plan.identity, shape.num_heads, shape.num_kv_heads, rank)
+        self.units = heads.units(device)
+        self._allocate_layers(indices, windows)
         self._column = functools.lru_cache(_MAX_SETTINGS)(self._make_column)
         self._rows_differ = False
         default = self.settings(torch.zeros(max_rows, dtype=torch.bool), {})
@@ -186,19 +212,16 @@ class StepTensors:
             max_len=max_len,
             **asdict(shape),
             block_size=block_size,
-            tile=launch.tile,
             device=device,
         )
 
-    def _allocate_layers(
-        self, indices: list[int], windows: list[int | None], first_head: int
-    ) -> None:
+    def _allocate_layers(self, indices: list[int], windows: list[int | None]) -> None:
         plan, min_len = self.plan, self.plan.config.min_kv_len
 
         def tensor(values: list[Any], dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=self.device)
 
-        of_rank = plan.of_rank(indices, first_head, self.shape.num_heads)
+        of_rank = plan.of_rank(indices, self.first_head, self.shape.num_heads)
         self.weights, self._offsets = (part.to(self.device) for part in of_rank)
         own = [plan.layer_log_min_prob(index) for index in indices]
         self.layers = CountedLayers(
@@ -247,7 +270,7 @@ class StepTensors:
             num_rows, self.shape.num_kv_heads, self.num_units, self.launch.programs_per_unit
         )
 
-    def settings(self, is_prompt: Tensor, options: Mapping[int, RequestOptions]) -> Tensor:
+    def settings(self, is_prompt: Tensor, options: Mapping[int, Resolved]) -> Tensor:
         """What rows are to do in every layer.
 
         Args:
@@ -264,17 +287,17 @@ class StepTensors:
         pinned = self.device.type == "cuda"
         rows = torch.empty(num_settings, len(is_prompt), pin_memory=pinned)
         of_prompts, of_others = (
-            self._column(_DEFAULT, prompt)[:, None] for prompt in (True, False)
+            self._column(self.plan.targets, prompt)[:, None] for prompt in (True, False)
         )
         torch.where(is_prompt, of_prompts, of_others, out=rows)
         for row, asked in options.items():
             if row < len(is_prompt):
-                rows[:, row] = self._column(asked, bool(is_prompt[row]))
+                rows[:, row] = self._column(asked.targets, bool(is_prompt[row]))
         return rows
 
-    def _make_column(self, options: RequestOptions, is_prompt: bool) -> Tensor:
+    def _make_column(self, asked: Targets, is_prompt: bool) -> Tensor:
         """The settings of one row."""
-        server, asked = self.plan.targets, self.plan.targets.of(options)
+        server = self.plan.targets
         target = asked.prefill if is_prompt else asked.decode
         column = torch.zeros(_LOG_MIN_PROB + len(self._knots))
         column[_IS_PROMPT] = is_prompt
@@ -295,40 +318,52 @@ class StepTensors:
     def refresh(
         self,
         cam: CommonAttentionMetadata,
-        num_single: int,
-        options: Mapping[int, RequestOptions],
+        single: slice,
+        options: Mapping[int, Resolved],
     ) -> StepRows | None:
         """Look up the thresholds of a step and hand out its rows; None where another kernel attends
         all of them.
 
         Args:
             cam: the batch.
-            num_single: single-token requests; they come first.
+            single: batch rows of the single-token requests.
             options: what requests asked for, by batch row, where it is not the default.
 
         Raises:
             RuntimeError: there are more rows than planned for.
         """
-        num_reqs = num_single if self.plan.targets.prefill is None else cam.num_reqs
+        num_single = single.stop - single.start
         if num_single > self.max_rows:
             raise RuntimeError(f"toptheta planned for {self.max_rows} rows, got {num_single}")
-        if num_reqs == 0:
+        prompts = (
+            [] if self.plan.targets.prefill is None else _prompts(cam, other_rows(cam, single))
+        )
+        if not num_single and not prompts:
             return None
-        seq_lens, starts = cam.seq_lens[:num_reqs], None
-        if num_reqs == num_single:
-            tensors, row_lens = self.held, seq_lens
-            self._write_held(_prompts(cam, num_single, self.max_rows), options)
+        seq_lens = cam.seq_lens[single]
+        # Padding of a captured graph takes a token each, too.
+        first_token = int(cam.query_start_loc_cpu[single.start])
+        tokens = slice(first_token, first_token + num_single)
+        if not prompts:
+            at, row_lens, tensors = slice(0, num_single), seq_lens, self.held
+            is_prompt = torch.zeros(self.max_rows, dtype=torch.bool)
+            _mark_prompts(cam, single, is_prompt)
+            rows = range(single.start, single.stop)
+            self._write_held(
+                is_prompt, {row - single.start: options[row] for row in options if row in rows}
+            )
         else:
-            is_prompt = _prompts(cam, num_single, num_reqs)
-            is_prompt[num_single:] = True
-            request, row_lens = _tokens(cam)
+            at = tokens
+            is_prompt = torch.ones(cam.num_reqs, dtype=torch.bool)
+            _mark_prompts(cam, single, is_prompt[single])
+            request, row_lens = requests_and_lens(cam)
             settings = self.settings(is_prompt, options).to(self.device, non_blocking=True)
             tensors = self._allocate_rows(settings[:, request])
-            starts = cam.query_start_loc[num_single:] - int(cam.query_start_loc_cpu[num_single])
         self._look_up(row_lens, tensors)
-        return StepRows(num_single, cam.block_table_tensor, seq_lens, starts, tensors)
+        block_table = cam.block_table_tensor[single]
+        return StepRows(single.start, tokens, at, block_table, seq_lens, prompts, tensors)
 
-    def _write_held(self, is_prompt: Tensor, options: Mapping[int, RequestOptions]) -> None:
+    def _write_held(self, is_prompt: Tensor, options: Mapping[int, Resolved]) -> None:
         """Write what each row is to do; costs nothing where all rows are, and were, alike."""
         differ = bool(options) or bool(is_prompt.any())
         if differ or self._rows_differ:
@@ -373,25 +408,23 @@ class StepTensors:
         )
 
 
-def _prompts(cam: CommonAttentionMetadata, num_single: int, num_rows: int) -> Tensor:
-    """[num_rows] bool on the CPU, single tokens that belong to a prompt."""
-    is_prompt = torch.zeros(num_rows, dtype=torch.bool)
-    if cam.is_prefilling is not None:
-        single = cam.is_prefilling[:num_single]
-        is_prompt[: len(single)] = single
-    return is_prompt
+def _prompts(cam: CommonAttentionMetadata, parts: list[slice]) -> list[PromptPart]:
+    """Some rows of a batch, as the prefill kernel takes them."""
+    found = []
+    for rows in parts:
+        tokens = tokens_of(cam, rows)
+        starts = cam.query_start_loc[rows.start : rows.stop + 1] - tokens.start
+        found.append(PromptPart(tokens, starts, cam.block_table_tensor[rows], cam.seq_lens[rows]))
+    return found
 
 
-def _tokens(cam: CommonAttentionMetadata) -> tuple[Tensor, Tensor]:
-    """Request, and number of keys, of every query token of a batch, without waiting for the device.
+def _mark_prompts(cam: CommonAttentionMetadata, single: slice, is_prompt: Tensor) -> None:
+    """Write which single tokens belong to a prompt.
 
-    Returns:
-        [num_tokens] int64 and int32.
+    Args:
+        is_prompt: [at least num_single] bool on the CPU.
     """
-    num_tokens, device = cam.num_actual_tokens, cam.seq_lens.device
-    query_lens = cam.query_start_loc.diff()
-    request = torch.arange(cam.num_reqs, device=device)
-    request = request.repeat_interleave(query_lens, output_size=num_tokens)
-    # Token i of a request with q of n tokens sees n - q + i + 1 keys.
-    before = cam.seq_lens[: cam.num_reqs] - query_lens + 1 - cam.query_start_loc[:-1]
-    return request, before[request] + torch.arange(num_tokens, dtype=torch.int32, device=device)
+    is_prompt[: single.stop - single.start] = False
+    if cam.is_prefilling is not None:  # without the padding of a captured graph
+        of_prompt = cam.is_prefilling[single]
+        is_prompt[: len(of_prompt)] = of_prompt

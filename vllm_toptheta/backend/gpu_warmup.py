@@ -5,29 +5,27 @@ vLLM's own warm-up reaches most kernels, but not with `--enforce-eager`, where i
 the counters, whose dummy steps are never counted.
 """
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-if TYPE_CHECKING:
-    from vllm_toptheta.backend.gpu import TopThetaGPUMetadataBuilder
-
 
 @torch.inference_mode()
-def warm_up(builder: "TopThetaGPUMetadataBuilder", layers: list[Attention]) -> None:
+def warm_up(builder: Any, layers: list[Attention]) -> None:
     """Run one step on a cache of one page.
 
     No kernel is compiled anew for another number of rows or tokens, so one size stands for all.
 
     Args:
-        builder: of the layers.
+        builder: `TopThetaGPUMetadataBuilder` of the layers.
         layers: with their weights.
     """
-    # A token that is generated, and two of a prompt where our kernel computes these.
-    queries = [1] if builder.plan.targets.prefill is None else [1, 2]
+    # A token that is generated, and two of a prompt where that compiles something: our kernel, or
+    # FlashAttention 4, which then also shows that it can read our pages.
+    queries = [1, 2] if builder.prunes_prompts or builder.flash is not None else [1]
     num_tokens = sum(queries)
     common = _batch(queries, builder.device)
     metadata = builder.build(0, common)
@@ -44,6 +42,7 @@ def warm_up(builder: "TopThetaGPUMetadataBuilder", layers: list[Attention]) -> N
         layer.impl.do_kv_cache_update(layer, key, key, kv_cache, common.slot_mapping)
         layer.impl.forward(layer, query, key, key, kv_cache, metadata, torch.empty_like(query))
     builder.counts(common, metadata, []).totals()
+    builder.heads.sums.zero_()
 
 
 def _batch(queries: list[int], device: torch.device) -> CommonAttentionMetadata:
@@ -63,7 +62,7 @@ def _batch(queries: list[int], device: torch.device) -> CommonAttentionMetadata:
     )
 
 
-def _page(builder: "TopThetaGPUMetadataBuilder") -> Tensor:
+def _page(builder: Any) -> Tensor:
     """A cache of one page, [1, num_kv_heads, block_size, 2 * head_dim]."""
     spec, width = builder.kv_cache_spec, 2 * builder.tensors.shape.head_dim
     heads, page = builder.tensors.shape.num_kv_heads, spec.page_size_bytes

@@ -1,16 +1,19 @@
 """Counts per layer and head since the start, kept in the worker and fetched on demand.
 
-They are too many to travel with every output. vLLM's `collective_rpc("toptheta_heads")` reaches a
-method that is put on the worker class here; it can go when backends may publish one.
+They are too many to travel with every output: vLLM's `collective_rpc("toptheta_heads")` asks for
+them.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from vllm_toptheta.telemetry.shield import shielded
+from vllm_toptheta.hooks import worker as worker_hook
+from vllm_toptheta.kernels.columns import MASS_UNIT
 
 
 @dataclass
@@ -18,65 +21,76 @@ class HeadCounts:
     """Decode rows, dense ones included, of one builder.
 
     Attributes:
+        engine: `VllmConfig.instance_id`; a process may have several.
         layers: index of every layer in the model.
         first_head: first query head of this rank; its kv heads follow from that.
-        kept: [num_layers, num_kv_heads] int64, keys on the lists of kv heads.
-        scored: [num_layers, 1] int64, keys that rows see; heads of a layer score alike.
-        kept_mass: [num_layers, num_heads] float64, sum over rows of the share of a query head's
-            attention that the kept keys have.
-        rows: [num_layers, 1] int64.
+        num_kv_heads: of this rank.
+        sums: [num_layers, num_kv_heads + num_heads + 2] int64 where the attention runs: keys on the
+            lists of kv heads, the share of a query head's attention that the kept keys have in
+            units of 1 / MASS_UNIT, keys that rows see, as heads of a layer score alike, and rows.
     """
 
+    engine: str
     layers: list[int]
     first_head: int
-    kept: NDArray[np.int64]
-    scored: NDArray[np.int64]
-    kept_mass: NDArray[np.float64]
-    rows: NDArray[np.int64]
+    num_kv_heads: int
+    sums: Tensor
+
+    def add(self, sums: NDArray[np.float64]) -> None:
+        """Add a step's on a CPU; further columns are ignored."""
+        held = self.sums.numpy()
+        np.add(held, sums[:, : held.shape[1]], out=held, casting="unsafe")
+
+    def shown(self) -> dict[str, Any]:
+        """In plain lists; `scored` in the shape of `kept`, `rows` one number per layer. Waits for
+        the device."""
+        counts = self.sums.cpu().numpy()
+        kept = counts[:, : self.num_kv_heads]
+        return {
+            "layers": self.layers,
+            "first_head": self.first_head,
+            "kept": kept.tolist(),
+            "scored": np.broadcast_to(counts[:, -2:-1], kept.shape).tolist(),
+            "kept_mass": (counts[:, self.num_kv_heads : -2] / MASS_UNIT).tolist(),
+            "rows": counts[:, -1].tolist(),
+        }
 
 
 _published: list[HeadCounts] = []
 
 
-def publish_heads(
-    layers: list[int], first_head: int, num_heads: int, num_kv_heads: int
+def count_heads(
+    engine: str,
+    layers: list[int],
+    first_head: int,
+    num_heads: int,
+    num_kv_heads: int,
+    device: torch.device,
 ) -> HeadCounts:
-    """Start counting for the layers of one builder, and make the counts reachable.
+    """Start counting for the layers of one builder.
 
     Args:
+        engine: `VllmConfig.instance_id`.
         layers: their indices in the model.
         first_head, num_heads, num_kv_heads: of this rank.
+        device: where the attention runs.
     """
-    num_layers = len(layers)
-    counts = HeadCounts(
-        layers,
-        first_head,
-        kept=np.zeros((num_layers, num_kv_heads), dtype=np.int64),
-        scored=np.zeros((num_layers, 1), dtype=np.int64),
-        kept_mass=np.zeros((num_layers, num_heads)),
-        rows=np.zeros((num_layers, 1), dtype=np.int64),
-    )
+    sums = torch.zeros(len(layers), num_kv_heads + num_heads + 2, dtype=torch.int64, device=device)
+    counts = HeadCounts(engine, layers, first_head, num_kv_heads, sums)
     # A builder that is made again, as after a profiling run, replaces its predecessor.
-    _published[:] = [held for held in _published if not set(held.layers) & set(layers)]
+    _published[:] = [
+        held for held in _published if held.engine != engine or not set(held.layers) & set(layers)
+    ]
     _published.append(counts)
-    with shielded("worker"):
-        from vllm.v1.worker.worker_base import WorkerBase
-
-        WorkerBase.toptheta_heads = toptheta_heads
     return counts
 
 
-def toptheta_heads(worker: Any = None) -> list[dict[str, Any]]:
-    """Counts of this worker, as `HeadCounts` in plain lists; `scored` in the shape of `kept`,
-    `rows` one number per layer."""
-    return [
-        {
-            "layers": counts.layers,
-            "first_head": counts.first_head,
-            "kept": counts.kept.tolist(),
-            "scored": np.broadcast_to(counts.scored, counts.kept.shape).tolist(),
-            "kept_mass": counts.kept_mass.tolist(),
-            "rows": counts.rows[:, 0].tolist(),
-        }
-        for counts in _published
-    ]
+def publish() -> None:
+    """Make the counts of this process reachable."""
+    worker_hook.publish("toptheta_heads", toptheta_heads)
+
+
+def toptheta_heads(worker: Any) -> list[dict[str, Any]]:
+    """Counts of this worker, see `HeadCounts.shown`."""
+    engine = worker.vllm_config.instance_id
+    return [counts.shown() for counts in _published if counts.engine == engine]

@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
 
 from vllm_toptheta.backend.unsupported import check_engine
 from vllm_toptheta.config import TopThetaConfig
 from vllm_toptheta.kernels.layout import RENORMALISE, UNCALIBRATED_MIN_MASS, UNCALIBRATED_WEIGHTS
+from vllm_toptheta.kernels.ops import available_target
 from vllm_toptheta.model_identity import ModelIdentity
-from vllm_toptheta.request_options import RequestPolicy, Target, Targets
+from vllm_toptheta.requests import RequestPolicy, Target, Targets
 from vllm_toptheta.threshold_store import FoundTable, ThresholdStore
 from vllm_toptheta.thresholds import ThresholdTable
 
@@ -68,10 +70,7 @@ class Plan:
         )
         found, no_table = _find_table(config.thresholds, identity)
         if no_table is not None and model.hf_overrides:
-            no_table += (
-                ". It is calibrated for a config without --hf-overrides: put them into the "
-                "config.json of a copy of the model, and calibrate that"
-            )
+            no_table += ". Calibrate with the same --hf-overrides: flags of vllm serve go after --"
         plan = cls(config, identity, found, no_table)
         plan.check()
         return plan
@@ -95,6 +94,11 @@ class Plan:
                     f"toptheta: option 'layers' names layer {index}, the model has layers 0 to "
                     f"{num_layers - 1}"
                 )
+        if self.config.k_sketch is True and not current_platform.is_cpu():
+            raise ValueError(
+                "toptheta: option 'k_sketch' = true, but only the CPU kernels have a sketch of K; "
+                "drop the option"
+            )
         if self.config.k is not None and self.table is None:
             raise ValueError(
                 f"toptheta: option 'k' = {self.config.k:g} needs a threshold table, and there is "
@@ -124,7 +128,9 @@ class Plan:
                     f"toptheta: option 'min_k' = {ranges['k'][0]:g} is above 'max_k' = "
                     f"{ranges['k'][1]:g}; the table has k from {lowest:g} to {highest:g}"
                 )
-        return RequestPolicy(self.targets, ranges, config.allow_off, config.allow_layers)
+        return RequestPolicy(
+            self.targets, ranges, config.allow_off, config.allow_layers, config.report
+        )
 
     @cached_property
     def targets(self) -> Targets:
@@ -141,12 +147,6 @@ class Plan:
             decode=None if config.phases == "prefill" else decode,
             prefill=None if config.phases == "decode" else prefill,
         )
-
-    @property
-    def needs_means(self) -> bool:
-        """Whether any row of this engine reads the V means of token groups; pruned prompts always
-        do."""
-        return self.config.compensation or self.targets.prefill is not None
 
     def layer_index(self, name: str) -> int:
         """The index in the model of one of vLLM's layers.
@@ -223,6 +223,15 @@ class Plan:
         return f"Top-theta attention: {', '.join(parts)}"
 
 
+def sketches_keys(config: TopThetaConfig) -> bool:
+    """Whether pages hold the sketch of K, which only generated tokens that are pruned scan."""
+    if not current_platform.is_cpu() or config.phases == "prefill":
+        return False
+    if config.k_sketch != "auto":
+        return config.k_sketch
+    return available_target().target == "native"  # faster wherever it was measured
+
+
 def _shown(target: Target) -> str:
     return f"min_prob {target.min_prob:g}" if target.k is None else f"k {target.k:g}"
 
@@ -232,7 +241,8 @@ def _find_table(spec: str, identity: ModelIdentity) -> tuple[FoundTable | None, 
     if spec == "none":
         return None, None
     try:
-        return ThresholdStore().find(spec, identity), None
+        # What calibrates has done so by now, or another start did.
+        return ThresholdStore().find("auto" if spec == "calibrate" else spec, identity), None
     except (FileNotFoundError, ValueError) as error:
         if spec != "auto":
             raise

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from vllm_toptheta.backend.counts import in_units
 from vllm_toptheta.backend.dial import Dial
 from vllm_toptheta.kernels.layout import V_TILE
-from vllm_toptheta.request_options import RequestOptions
-from vllm_toptheta.telemetry.counters import MASS_UNIT
+from vllm_toptheta.requests import Resolved
 
 
 @dataclass
@@ -64,25 +65,22 @@ class PromptStep(PromptRows):
         self.v_tiles_read.copy_(self._visible_tiles()[..., None])
         self.kept_mass.fill_(1)
 
-    def counts(self) -> dict[str, np.ndarray[Any, Any]]:
-        """Telemetry columns of every prompt, each [num_layers, num_prompts] int64."""
-        num_heads, num_kv_heads = self.kept_mass.shape[2], self.num_kept.shape[2]
-        group = num_heads // num_kv_heads
-        visible, tiles = self.visible.numpy(), self._visible_tiles().numpy()
+    def counts(self) -> dict[str, NDArray[np.int64]]:
+        """Columns of every prompt in UNITS, each [num_layers, num_prompts]."""
+        visible = self.visible.numpy()
+        by_token = {
+            "dense_prefill": self.dense.numpy(),
+            "prefill_rows": np.ones_like(visible),
+            "prefill_keys_scored": visible,
+            "prefill_keys_kept": self.num_kept.sum(2).numpy(),
+            "prefill_v_tiles": self._visible_tiles().numpy(),
+            "prefill_v_tiles_read": self.v_tiles_read.sum(2).numpy(),
+            "prefill_kept_mass": in_units(self.kept_mass).sum(2, dtype=torch.float64).numpy(),
+        }
         starts = self.query_start_loc.numpy()[:-1]
-
-        def by_prompt(values: np.ndarray[Any, Any], dtype: Any = np.int64) -> np.ndarray[Any, Any]:
-            return np.add.reduceat(values, starts, axis=1, dtype=dtype)
-
-        kept_mass = by_prompt(self.kept_mass.numpy().sum(2, dtype=np.float64), np.float64)
         return {
-            "dense_prefill": by_prompt(self.dense.numpy() * num_heads),
-            "prefill_rows": by_prompt(np.full_like(visible, num_heads)),
-            "prefill_keys_scored": by_prompt(visible * num_heads),
-            "prefill_keys_kept": by_prompt(self.num_kept.numpy().sum(2, dtype=np.int64) * group),
-            "prefill_v_tiles": by_prompt(tiles * num_kv_heads),
-            "prefill_v_tiles_read": by_prompt(self.v_tiles_read.numpy().sum(2, dtype=np.int64)),
-            "prefill_kept_mass": np.rint(kept_mass * MASS_UNIT).astype(np.int64),
+            name: np.add.reduceat(values, starts, axis=1, dtype=np.int64)
+            for name, values in by_token.items()
         }
 
 
@@ -118,7 +116,7 @@ def plan_prompts(
     block_table: torch.Tensor,
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
-    options: Mapping[int, RequestOptions],
+    options: Mapping[int, Resolved],
     num_heads: int,
 ) -> PromptStep:
     """Look up what every prompt token is to do.

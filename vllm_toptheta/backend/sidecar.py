@@ -2,10 +2,10 @@
 larger page out.
 
 Because it is part of the page, vLLM accounts for its memory, shares it through the prefix cache,
-and moves it with the block. Today there is one kind, the V means of compensation groups. On CPU it
-follows K and V of each kv head, where the page is an opaque run of bytes per head. On GPU the rows
-of K and V are strided tensors that other kernels read too, so the page keeps them as they are and
-grows at its end.
+and moves it with the block. There are the V means of compensation groups, and on CPU the sketch of
+K. On CPU it follows K and V of each kv head, where the page is an opaque run of bytes per head. On
+GPU the rows of K and V are strided tensors that other kernels read too, so the page keeps them as
+they are and grows at its end.
 """
 
 from dataclasses import replace
@@ -39,11 +39,12 @@ def kernel_block_size(block_size: int) -> int:
     )
 
 
-def enlarge_page(spec: Any) -> Any:
+def enlarge_page(spec: Any, *, sketch: bool = False) -> Any:
     """Make room for the side data in a layer's cache spec; does nothing the second time.
 
     Args:
         spec: vLLM's `AttentionSpec` of one layer, with K and V of the same width.
+        sketch: of K as well.
     """
     if spec.state_content_bytes is not None:
         return spec
@@ -54,7 +55,9 @@ def enlarge_page(spec: Any) -> Any:
         )
     # vLLM asks for the bytes of a token before it knows the block size.
     block_size = _USUAL_BLOCK_SIZE if spec.block_size == 1 else spec.block_size
-    layout = PageLayout(kernel_block_size(block_size), spec.head_size)
+    layout = PageLayout(
+        kernel_block_size(block_size), spec.head_size, sketch=spec.dtype if sketch else None
+    )
     return replace(spec, state_content_bytes=layout.content_elements * get_dtype_size(spec.dtype))
 
 
@@ -98,17 +101,22 @@ def pad_page(spec: Any) -> Any:
     """
     if spec.block_size == 1:  # vLLM asks for the bytes of a token before it knows the block size
         return spec
+    check_plain(spec)
+    used = _used_bytes(spec)
+    size = -(-used // _ALIGNMENT) * _ALIGNMENT + _ALIGNMENT
+    if spec.page_size_padded is not None and spec.page_size_padded >= size:
+        return spec
+    return replace(spec, page_size_padded=size)
+
+
+def check_plain(spec: Any) -> None:
+    """Raise ValueError unless a GPU page holds K and V as they are and of one width."""
     if spec.head_size_v != spec.head_size or spec.state_content_bytes is not None:
         raise ValueError(
             "toptheta needs plain K and V of one width in its pages; serve this model, or "
             "this --kv-cache-dtype, with "
             "another --attention-backend"
         )
-    used = _used_bytes(spec)
-    size = -(-used // _ALIGNMENT) * _ALIGNMENT + _ALIGNMENT
-    if spec.page_size_padded is not None and spec.page_size_padded >= size:
-        return spec
-    return replace(spec, page_size_padded=size)
 
 
 def _used_bytes(spec: Any) -> int:
@@ -172,3 +180,18 @@ def v_means_view(kv_cache: Tensor, dtype: torch.dtype) -> Tensor:
         (num_blocks, num_kv_heads, groups, head_dim),
         (page // dtype.itemsize, groups * head_dim, head_dim, 1),
     )
+
+
+def no_means(query: Tensor, value_cache: Tensor) -> Tensor:
+    """What kernels take for V means where all weights of means are 0, so that they read none.
+
+    Args:
+        query: [num_tokens, num_heads, head_dim], at least one token.
+        value_cache: [num_blocks, num_kv_heads, block_size, head_dim].
+
+    Returns:
+        In the shape of `v_means_view`, without memory of its own.
+    """
+    num_blocks, num_kv_heads, block_size, head_dim = value_cache.shape
+    groups = block_size // group_size_of(block_size)
+    return query[0, 0].expand(num_blocks, num_kv_heads, groups, head_dim)

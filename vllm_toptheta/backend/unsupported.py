@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import vllm.envs as envs
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.platforms import current_platform
 
-from vllm_toptheta.backend.registration import NAME
+from vllm_toptheta.hooks.attention_backend import NAME
 
 _NGRAM = """--speculative-config '{"method": "ngram", "num_speculative_tokens": 3}'"""
 
@@ -37,6 +38,13 @@ class _Refusal:
 def _per_kind(config: Any) -> bool:
     kinds = config.attention_config.backend_per_kind or {}
     return any(getattr(backend, "name", None) == NAME for backend in kinds.values())
+
+
+def _drafts_unmarked(config: Any) -> bool:
+    """Whether layers of a draft look like those of the served model (before vLLM 0.31)."""
+    spec = config.speculative_config
+    marked = hasattr(AttentionLayerBase, "is_draft_layer")
+    return not marked and spec is not None and spec.uses_draft_kv_cache()
 
 
 def _drafts_always_as_target(config: Any) -> bool:
@@ -129,6 +137,12 @@ _REFUSALS = (
         "Drop --attention-backend",
     ),
     _Refusal(
+        _drafts_unmarked,
+        "draft models on vLLM 0.30",
+        _OPTIONS_OF_A_DRAFT,
+        f"Install vLLM 0.31 or newer, or draft without a model ({_NGRAM})",
+    ),
+    _Refusal(
         _drafts_always_as_target,
         "this kind of draft model",
         _OPTIONS_OF_A_DRAFT,
@@ -175,14 +189,14 @@ _REFUSALS = (
     _Refusal(
         lambda config: config.cache_config.mamba_cache_mode == "align",
         "prefix caching of Mamba states",
-        "it copies blocks without their V means",
+        "it copies blocks without their V means, and was not run on pages that have none",
         "Pass --no-enable-prefix-caching",
         on_cpu=False,
     ),
     _Refusal(
         _moves_blocks,
         "KV connectors and KV offloading",
-        "they move blocks without their V means",
+        "they move blocks without their V means, and were not run on pages that have none",
         "Drop --kv-transfer-config and --kv-offloading-size",
         on_cpu=False,
     ),

@@ -1,24 +1,25 @@
-"""A model's name in, its threshold table out: corpus, collect and fit in one call."""
+"""A model's name in, its threshold table out: corpus, engine, collect and fit in one call."""
 
+import importlib.metadata
+import json
+import shlex
 import sys
-from collections.abc import Callable
+import tempfile
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-import vllm_toptheta
-from vllm_toptheta.calibration.collect import AttentionStatistics, Collector
+from vllm_toptheta.calibration.collect import AttentionStatistics
 from vllm_toptheta.calibration.corpus import Corpus
 from vllm_toptheta.calibration.fit import fit
 from vllm_toptheta.config import TopThetaConfig
-from vllm_toptheta.model_identity import ModelIdentity
 from vllm_toptheta.thresholds import SCHEMA_VERSION, TableMetadata, ThresholdTable
+
+DEFAULT_LENGTH = 4096
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,14 @@ class CalibrationOptions:
 
     Attributes:
         num_tokens: tokens to calibrate on, rounded up to whole documents.
-        length: tokens per document; what is known of longer rows is extrapolated.
+        length: tokens per document; what is known of longer rows is extrapolated. None for
+            DEFAULT_LENGTH, or fewer where the model has fewer positions.
         min_prob: attention probability below which keys are dropped where the weights of the
             compensation are fitted.
     """
 
     num_tokens: int = 16384
-    length: int = 4096
+    length: int | None = None
     min_prob: float = TopThetaConfig.model_fields["min_prob"].default
 
     def __post_init__(self) -> None:
@@ -41,33 +43,8 @@ class CalibrationOptions:
             raise ValueError(f"tokens must be positive, got {self.num_tokens}")
         if not 0 < self.min_prob < 1:
             raise ValueError(f"min_prob must lie between 0 and 1, got {self.min_prob:g}")
-
-
-def load_model(
-    model_name: str, *, dtype: str = "float32", device: str = "cpu"
-) -> tuple[PreTrainedModel, Any]:
-    """Load a causal language model in eval mode, and its tokenizer.
-
-    Args:
-        model_name: repository or folder.
-        dtype: torch dtype's name, or "auto" for the checkpoint's.
-        device: torch device.
-
-    Raises:
-        OSError: there is no such model.
-        ValueError: there is no such dtype or device; no weights were read.
-    """
-    kind = None if dtype == "auto" else getattr(torch, dtype, None)
-    if dtype != "auto" and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
-        raise ValueError(f"dtype is {dtype!r}, expected float32, bfloat16, float16 or auto")
-    try:
-        torch.empty(0, device=device)
-    except (AssertionError, RuntimeError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"device {device!r} cannot be used: {reason}") from error
-    tokenizer = AutoTokenizer.from_pretrained(model_name)
-    model = AutoModelForCausalLM.from_pretrained(model_name, dtype=kind or "auto")
-    return model.to(device).eval(), tokenizer
+        if self.length is not None:
+            AttentionStatistics.check_length(self.length)
 
 
 def repo_name(model_name: str) -> str:
@@ -81,116 +58,91 @@ def repo_name(model_name: str) -> str:
     return "/".join(parts[-2:])
 
 
-def calibrate_with_progress(
-    model_name: str,
-    texts: list[Path] | None,
-    options: CalibrationOptions,
-    *,
-    name: str | None = None,
-    dtype: str = "float32",
-    device: str = "cpu",
-) -> ThresholdTable:
-    """Load a model and calibrate it, with a progress bar on stderr; writes nothing.
-
-    Args:
-        model_name: repository or folder.
-        texts: text files; None or empty for the default corpus.
-        options: see there.
-        name: model name to record; from model_name by default.
-        dtype: torch dtype's name, or "auto" for the checkpoint's.
-        device: torch device.
-
-    Raises:
-        OSError: the model or a text cannot be read.
-        ValueError: the model cannot be calibrated, or the text is too short.
-    """
-    corpus = read_corpus(texts)
-    config = AutoConfig.from_pretrained(model_name)
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and positions < options.length:
-        print(
-            f"documents of {positions} tokens instead of {options.length}: the model's positions",
-            file=sys.stderr,
-        )
-        options = replace(options, length=positions)
-    AttentionStatistics.check_length(options.length)
-    model, tokenizer = load_model(model_name, dtype=dtype, device=device)
-    with tqdm(total=options.num_tokens, unit="token", desc="calibrating") as progress:
-        return calibrate(
-            model,
-            tokenizer,
-            corpus,
-            options,
-            name=name or repo_name(model_name),
-            report=progress.update,
-        )
-
-
 def calibrate(
-    model: PreTrainedModel,
-    tokenizer: Any,
+    engine_args: Any,
     corpus: Corpus,
     options: CalibrationOptions,
     *,
-    name: str,
-    report: Callable[[int], object] | None = None,
+    name: str | None = None,
 ) -> ThresholdTable:
-    """Calibrate a model; writes nothing.
+    """Calibrate a model in a vLLM engine, with a progress bar on stderr; writes nothing.
 
     Args:
-        model: a causal language model in eval mode.
-        tokenizer: its tokenizer.
+        engine_args: vLLM's `EngineArgs` of the server that the table is for.
         corpus: the text.
         options: see there.
-        name: model name to record, as "org/model".
-        report: told the number of tokens after each document.
+        name: model name to record, as "org/model"; from the model by default.
 
     Raises:
-        ValueError: the model cannot be calibrated, or the text is too short.
+        OSError: the model cannot be read.
+        ValueError: the model cannot be calibrated, or the text is too short. No weights were read.
     """
-    identity = ModelIdentity.from_config(model.config, name, max_len=options.length)
-    if "chunked_attention" in str(identity.fields.get("layer_types", "")):
-        raise ValueError(f"{name}: layers with chunked attention are not supported")
-    if not identity.uniform:
-        raise ValueError(
-            f"{name}: layers differ in kv heads, and a table has as many for all; serve the model "
-            "without one"
+    import vllm
+
+    from vllm_toptheta.calibration.engine import Engine
+
+    name = name or repo_name(engine_args.model)
+    engine = Engine.create(engine_args, name, options.length, DEFAULT_LENGTH)
+    if options.length is None and engine.length < DEFAULT_LENGTH:
+        print(
+            f"documents of {engine.length} tokens instead of {DEFAULT_LENGTH}: the model's "
+            "positions",
+            file=sys.stderr,
         )
-    statistics = AttentionStatistics.empty(
-        identity.num_layers, identity.num_heads, identity.num_kv_heads, options.length
+    documents = list(
+        corpus.documents(engine.tokenizer(), length=engine.length, num_tokens=options.num_tokens)
     )
-    Collector(model, statistics, options.min_prob).run(
-        corpus.documents(tokenizer, length=options.length, num_tokens=options.num_tokens), report
-    )
+    with tqdm(total=len(documents) * engine.length, unit="token", desc="calibrating") as progress:
+        statistics = engine.read(documents, options.min_prob, progress.update)
     metadata = TableMetadata(
         schema_version=SCHEMA_VERSION,
-        identity=identity,
+        identity=engine.identity,
         windows=statistics.windows,
         min_prob=options.min_prob,
         corpus=corpus.description,
         num_tokens=statistics.num_tokens,
-        length=options.length,
+        length=engine.length,
         versions={
-            "vllm_toptheta": getattr(vllm_toptheta, "__version__", "unknown"),
+            "vllm_toptheta": importlib.metadata.version("vllm-toptheta"),
             "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            "vllm": vllm.__version__,
         },
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        command=_command(name, corpus, options, model.dtype),
+        command=_command(name, corpus, replace(options, length=engine.length), engine_args, engine),
     )
     return ThresholdTable(metadata, **vars(fit(statistics)))
 
 
-def _command(name: str, corpus: Corpus, options: CalibrationOptions, dtype: torch.dtype) -> str:
-    more = "" if dtype == torch.float32 else f" --dtype {str(dtype).removeprefix('torch.')}"
-    if corpus.files:
-        more += f" --text {' '.join(corpus.files)}"
-    return (
-        f"toptheta calibrate {name}{more} --tokens {options.num_tokens} --length {options.length} "
-        f"--min-prob {options.min_prob:g}"
-    )
+def _command(
+    name: str, corpus: Corpus, options: CalibrationOptions, engine_args: Any, engine: Any
+) -> str:
+    """The command, with those flags that may change attention scores: others hold paths."""
+    model = engine.config.model_config
+    flags = ["--dtype", str(model.dtype).removeprefix("torch.")]
+    if model.quantization:
+        flags += ["--quantization", str(model.quantization)]
+    if engine_args.max_model_len:
+        flags += ["--max-model-len", str(engine_args.max_model_len)]
+    if isinstance(engine_args.hf_overrides, dict) and engine_args.hf_overrides:
+        flags += ["--hf-overrides", json.dumps(engine_args.hf_overrides)]
+    text = ["--text", *corpus.files] if corpus.files else []
+    numbers = ["--tokens", str(options.num_tokens), "--length", str(options.length)]
+    numbers += ["--min-prob", f"{options.min_prob:g}"]
+    return shlex.join(["toptheta", "calibrate", name, *text, *numbers, "--", *flags])
 
 
 def read_corpus(paths: list[Path] | None) -> Corpus:
     """The user's files, or the default corpus without any."""
     return Corpus.from_files(paths) if paths else Corpus.default()
+
+
+def check_writable(path: Path) -> None:
+    """Raise ValueError, before anything slow, where a file cannot be written; makes no folders."""
+    try:
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder")
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error}") from error

@@ -1,4 +1,4 @@
-"""A model and documents in, attention statistics out: memory constant in the number of tokens.
+"""Layers' attention over documents in, statistics out: memory constant in the number of tokens.
 
 Two things are gathered from sampled rows. Histograms of log p say how many keys a row keeps at
 every threshold; probabilities need no range, so that no text and no model can leave it. Normal
@@ -6,19 +6,14 @@ equations say how the mass that a row loses at `min_prob` is best given back.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from vllm_toptheta.calibration.attention import (
-    AttentionCall,
-    dense_attention,
-    replaced_attention,
-    row_chunks,
-)
+from vllm_toptheta.calibration.attention import AttentionCall, row_chunks
 from vllm_toptheta.kernels.layout import NUM_WEIGHTS, group_size_of
 from vllm_toptheta.kernels.reference import (
     Selection,
@@ -119,61 +114,92 @@ class AttentionStatistics:
         return self.edges.numel()
 
 
-@dataclass
-class Collector:
-    """Feeds a model's attention to `AttentionStatistics`, document by document.
+class Share(NamedTuple):
+    """What one tensor-parallel rank of one pipeline stage has collected.
 
     Attributes:
-        model: a causal language model in eval mode.
+        rank: of its heads.
+        layers: those that attend in this stage.
+        statistics: of all layers, the others' empty, and of the rank's heads.
+    """
+
+    rank: int
+    layers: list[int]
+    statistics: AttentionStatistics
+
+
+def merge(shares: Sequence[Share], num_heads: int, num_kv_heads: int) -> AttentionStatistics:
+    """The statistics of a model out of those of its workers.
+
+    Args:
+        shares: one of every worker, at least one.
+        num_heads, num_kv_heads: of the whole model.
+    """
+    first = shares[0].statistics
+    total = AttentionStatistics.empty(
+        len(first.windows), num_heads, num_kv_heads, int(first.edges[-1])
+    )
+    total.rows, total.row_tokens = first.rows, first.row_tokens
+    total.fit_rows, total.num_tokens = first.fit_rows, first.num_tokens
+    for rank, layers, part in shares:
+        _, heads, _ = part.moment.shape
+        kv_heads = part.count.shape[1]
+        start, kv_start = rank * heads, rank * heads * num_kv_heads // num_heads
+        for name in ("gram", "moment", "dense", "kept_mass"):
+            getattr(total, name)[:, start : start + heads] += getattr(part, name)
+        # Where ranks share a kv head, each counts by its own query heads: the mean is what they
+        # keep when they serve.
+        sharing = max(1, num_heads // heads * kv_heads // num_kv_heads)
+        total.count[:, kv_start : kv_start + kv_heads] += part.count / sharing
+        for layer in layers:
+            total.windows[layer] = part.windows[layer]
+    return total
+
+
+@dataclass
+class Collector:
+    """Feeds layers' attention to `AttentionStatistics`, document by document.
+
+    Attributes:
         statistics: what has been collected so far.
         min_prob: attention probability below which keys are dropped where the weights are fitted.
         seed: of the choice of rows.
     """
 
-    model: PreTrainedModel
     statistics: AttentionStatistics
     min_prob: float
     seed: int = 0
     _generator: torch.Generator = field(init=False)
     _sample: list[Tensor] = field(init=False, default_factory=list)
-    _seen_layers: set[int] = field(init=False, default_factory=set)
 
     def __post_init__(self) -> None:
         self._generator = torch.Generator().manual_seed(self.seed)
 
-    def run(
-        self, documents: Iterable[Tensor], report: Callable[[int], object] | None = None
-    ) -> None:
-        """Add documents to the statistics.
+    def start_document(self, length: int) -> None:
+        """Choose the rows to look at of a document, whose layers follow.
 
         Args:
-            documents: token ids, [length] int64 each, none longer than the statistics' longest
-                bucket.
-            report: told the number of tokens after each document.
-
-        Raises:
-            ValueError: the model has layers that do not attend, or an attention that cannot be
-                calibrated.
+            length: its tokens, no more than the statistics' longest bucket.
         """
         statistics = self.statistics
-        for document in documents:
-            self._sample = self._choose_rows(document.numel())
-            self._seen_layers.clear()
-            with replaced_attention(self.model, self._attend), torch.inference_mode():
-                # Without the language model's head: nobody reads the logits.
-                self.model.base_model(document[None].to(self.model.device), use_cache=False)
-            if missing := set(range(len(statistics.windows))) - self._seen_layers:
-                raise ValueError(
-                    f"layers {sorted(missing)} did not attend; models with such layers are "
-                    "unsupported"
-                )
-            for bucket, rows in enumerate(self._sample):
-                statistics.rows[bucket] += rows.numel()
-                statistics.row_tokens[bucket] += (rows + 1).sum()
-            statistics.fit_rows += sum(rows.numel() for rows in self._sample[-_FIT_BUCKETS:])
-            statistics.num_tokens += document.numel()
-            if report is not None:
-                report(document.numel())
+        self._sample = self._choose_rows(length)
+        for bucket, rows in enumerate(self._sample):
+            statistics.rows[bucket] += rows.numel()
+            statistics.row_tokens[bucket] += (rows + 1).sum()
+        statistics.fit_rows += sum(rows.numel() for rows in self._sample[-_FIT_BUCKETS:])
+        statistics.num_tokens += length
+
+    def add(self, call: AttentionCall) -> None:
+        """Add one layer of the document, float32."""
+        self.statistics.windows[call.layer] = call.window
+        for bucket, rows in enumerate(self._sample):
+            fitted = bucket >= self.statistics.num_buckets - _FIT_BUCKETS
+            for chunk, first_key in row_chunks(call, rows.to(call.query.device)):
+                chosen = self._select(call, chunk, first_key)
+                self._count(call.layer, bucket, chosen)
+                if fitted:
+                    value = call.value[first_key : int(chunk[-1]) + 1].float()
+                    self._add_products(call.layer, chosen, value)
 
     def _choose_rows(self, num_rows: int) -> list[Tensor]:
         """Positions of the rows that feed each bucket: evenly spread, with a random offset."""
@@ -185,19 +211,6 @@ class Collector:
             step = (high - low) / max(1, wanted)
             sample.append(low + ((torch.arange(wanted) + jitter) * step).long())
         return sample
-
-    def _attend(self, call: AttentionCall) -> Tensor:
-        self._seen_layers.add(call.layer)
-        self.statistics.windows[call.layer] = call.window
-        for bucket, rows in enumerate(self._sample):
-            fitted = bucket >= self.statistics.num_buckets - _FIT_BUCKETS
-            for chunk, first_key in row_chunks(call, rows.to(call.query.device)):
-                chosen = self._select(call, chunk, first_key)
-                self._count(call.layer, bucket, chosen)
-                if fitted:
-                    value = call.value[first_key : int(chunk[-1]) + 1].float()
-                    self._add_products(call.layer, chosen, value)
-        return dense_attention(call)
 
     def _select(self, call: AttentionCall, rows: Tensor, first_key: int) -> Selection:
         num_kv_heads = call.key.shape[1]

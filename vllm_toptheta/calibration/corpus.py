@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 _CODE_MODULES = (
     "argparse", "ast", "asyncio/base_events", "asyncio/tasks", "calendar", "codecs",
@@ -73,8 +74,8 @@ class Corpus:
         """Cut the text into documents.
 
         Args:
-            tokenizer: a transformers tokenizer; where it puts a first token before a text,
-                documents get one.
+            tokenizer: a tokenizer of transformers or vLLM; where it puts a first token before a
+                text, documents get one.
             length: tokens per document.
             num_tokens: tokens altogether, rounded up to whole documents.
 
@@ -110,13 +111,15 @@ class Corpus:
 def _cut(tokenizer: Any, text: str, length: int) -> Iterator[Tensor]:
     prefix = [token for token in tokenizer("a").input_ids[:1] if token == tokenizer.bos_token_id]
     body = length - len(prefix)
+    # No warning about texts longer than the model's positions; vLLM's own tokenizers have none.
+    quiet = {"verbose": False} if isinstance(tokenizer, PreTrainedTokenizerBase) else {}
     ids: list[int] = []
     # Tokenising piecewise keeps the time before the first document short; 2^16 characters always
     # end within a word's
     # reach of a boundary that does not matter.
     for start in range(0, len(text), 1 << 16):
         ids += tokenizer(
-            text[start : start + (1 << 16)], add_special_tokens=False, verbose=False
+            text[start : start + (1 << 16)], add_special_tokens=False, **quiet
         ).input_ids
         while len(ids) >= body:
             yield torch.tensor(prefix + ids[:body])

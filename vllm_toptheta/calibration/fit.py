@@ -36,6 +36,9 @@ class Fitted:
 def fit(statistics: AttentionStatistics) -> Fitted:
     """Turn statistics into a table's tensors; offsets are 0.
 
+    Layers that do not attend count as the mean of the others, so that means over all layers are
+    those of the layers that do.
+
     Raises:
         ValueError: there are no statistics, or of fewer than two row lengths.
     """
@@ -45,11 +48,14 @@ def fit(statistics: AttentionStatistics) -> Fitted:
     rows = statistics.rows[filled]
     from_top = statistics.count[:, :, filled].flip(-1).cumsum(-1).flip(-1) / rows[:, None]
     stored = torch.arange(0, NUM_BINS + 1, BINS_PER_UNIT // _STORED_BINS_PER_UNIT)
+    kept = from_top[..., stored]
+    attends = kept.amax((1, 2, 3)) > 0
+    kept[~attends] = kept[attends].mean(0)
     weights = fit_weights(statistics.gram, statistics.moment)
     return Fitted(
         lengths=(statistics.row_tokens[filled] / rows).float(),
         log_probs=(LOWEST_LOG_PROB + stored / BINS_PER_UNIT).float(),
-        kept=from_top[..., stored].float(),
+        kept=kept.float(),
         weights=weights.float(),
         offsets=torch.zeros(statistics.count.shape[:2]),
     )

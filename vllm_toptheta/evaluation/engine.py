@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from vllm_toptheta.calibration.calibrate import read_corpus, repo_name
+from vllm_toptheta.evaluation.results import dashed
 from vllm_toptheta.model_identity import ModelIdentity
-from vllm_toptheta.telemetry.carrier import KEY
+from vllm_toptheta.telemetry.ledger import KEY
 from vllm_toptheta.threshold_store import ThresholdStore
 
 HEADINGS = (
@@ -82,11 +83,6 @@ class EngineResult:
             f"{self.decode_v_row_fraction:7.4f}",
         )
         return " ".join([f"{self.engine:32}", *map(dashed, cells)])
-
-
-def dashed(cell: str) -> str:
-    """A table's cell, with a dash for NaN."""
-    return f"{'-':>{len(cell)}}" if "nan" in cell else cell
 
 
 def variants(
@@ -240,7 +236,7 @@ def log_probabilities(token_ids: Sequence[int], logprobs: Sequence[Any]) -> list
 
 
 def count(answers: Sequence[Any]) -> Counter[str]:
-    """What the engine counted for some answers, by names of `telemetry/counters.py`; empty from a
+    """What the engine counted for some answers, by names of `kernels/columns.py`; empty from a
     stock engine.
     """
     total: Counter[str] = Counter()

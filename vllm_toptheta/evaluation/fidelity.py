@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoConfig, DynamicCache, PreTrainedModel
 
-from vllm_toptheta.calibration.attention import AttentionCall, dense_attention, replaced_attention
-from vllm_toptheta.calibration.calibrate import load_model, read_corpus, repo_name
-from vllm_toptheta.evaluation.rules import Dense, Paper, Rule, TopTheta, rival
+from vllm_toptheta.calibration.attention import AttentionCall, dense_attention
+from vllm_toptheta.calibration.calibrate import read_corpus, repo_name
+from vllm_toptheta.evaluation.model import load_model, replaced_attention
+from vllm_toptheta.evaluation.rules import Dense, Paper, Rule, SketchedTopTheta, TopTheta, rival
 from vllm_toptheta.kernels.layout import UNCALIBRATED_MIN_MASS
 from vllm_toptheta.model_identity import ModelIdentity
 from vllm_toptheta.threshold_store import ThresholdStore
@@ -28,7 +29,7 @@ _CHUNK = 1024
 _OBSERVED = 256
 
 HEADINGS = (
-    f"{'variant':20} {'min_prob':>8} {'k':>5} {'floor':>5} {'KL':>8} {'top-1':>6} {'ppl':>7} "
+    f"{'variant':26} {'min_prob':>8} {'k':>5} {'floor':>5} {'KL':>8} {'top-1':>6} {'ppl':>7} "
     f"{'mass':>6} {'kept':>7} {'V rows':>7} {'pruned':>6} {'lifted':>6}"
 )
 
@@ -45,10 +46,13 @@ class FidelityResult:
         perplexity_ratio: perplexity divided by dense attention's.
         kept_mass: mean share of a row's attention that its kept keys hold.
         kept_fraction: keys kept / keys seen.
-        v_row_fraction: V rows read by any head of a group / V rows seen.
+        v_row_fraction: V rows read by any head of a group / V rows seen; of rules that store
+            narrower rows, their bytes.
         pruned_row_share: share of (row, head) that kept fewer keys than they saw.
         lifted_row_share: share of (row, head) whose threshold the floor lowered.
         num_rows: predicted tokens.
+        log_z_error: mean error of the logarithm of the softmax denominator where rows scan the
+            sketch of K; None where they scan K.
     """
 
     variant: str
@@ -64,6 +68,7 @@ class FidelityResult:
     pruned_row_share: float
     lifted_row_share: float
     num_rows: int
+    log_z_error: float | None = None
 
     def to_row(self) -> str:
         """One line under HEADINGS."""
@@ -72,10 +77,11 @@ class FidelityResult:
             return "-" if value is None else f"{value:g}"
 
         return (
-            f"{self.variant:20} {setting(self.min_prob):>8} {setting(self.k):>5} "
+            f"{self.variant:26} {setting(self.min_prob):>8} {setting(self.k):>5} "
             f"{setting(self.min_mass):>5} {self.kl:8.5f} {self.top1:6.4f} "
             f"{self.perplexity_ratio - 1:+7.2%} {self.kept_mass:6.4f} {self.kept_fraction:7.4f} "
             f"{self.v_row_fraction:7.4f} {self.pruned_row_share:6.3f} {self.lifted_row_share:6.3f}"
+            + ("" if self.log_z_error is None else f"  log Z off by {self.log_z_error:.1e}")
         )
 
 
@@ -174,10 +180,11 @@ def _result(rule: Rule, total: _Sums, dense_nll: float, predicted: int) -> Fidel
         perplexity_ratio=math.exp((total.nll - dense_nll) / predicted),
         kept_mass=tally.mass / tally.rows,
         kept_fraction=tally.kept / tally.keys,
-        v_row_fraction=tally.v_read / tally.v_seen,
+        v_row_fraction=rule.v_row_bytes * tally.v_read / tally.v_seen,
         pruned_row_share=tally.pruned / tally.rows,
         lifted_row_share=tally.lifted / tally.rows,
         num_rows=predicted,
+        log_z_error=rule.log_z_error / tally.rows if isinstance(rule, SketchedTopTheta) else None,
     )
 
 
@@ -217,6 +224,7 @@ def compare_rules(
     min_mass: float | None,
     table: str,
     without_table: bool,
+    k_sketch: bool,
     rivals: Sequence[str],
     min_kv_len: int,
     dtype: str,
@@ -235,6 +243,7 @@ def compare_rules(
         min_mass: floor; None for the server's default.
         table: as the server's option `thresholds`.
         without_table: try every min_prob without a table as well.
+        k_sketch: try every min_prob over the sketch of K as well.
         rivals: as `rules.rival` takes them.
         min_kv_len: rows of at most so many keys are dense.
         dtype: torch dtype's name, or "auto" for the checkpoint's.
@@ -253,13 +262,20 @@ def compare_rules(
             f"--k needs a table of {model_name}: toptheta calibrate {model_name}, or use --min-prob"
         )
 
-    def top_theta(p: float | None, k: float | None, table: ThresholdTable | None) -> TopTheta:
+    def top_theta(
+        p: float | None,
+        k: float | None,
+        table: ThresholdTable | None,
+        kind: type[TopTheta] = TopTheta,
+    ) -> TopTheta:
         floor = min_mass
         if floor is None:
             floor = 0.0 if table else UNCALIBRATED_MIN_MASS
-        return TopTheta(p, k, floor, table, min_kv_len)
+        return kind(p, k, floor, table, min_kv_len)
 
     rules: list[Rule] = [top_theta(p, None, found) for p in min_probs]
+    if k_sketch:
+        rules += [top_theta(p, None, found, SketchedTopTheta) for p in min_probs]
     rules += [top_theta(None, k, found) for k in ks]
     if without_table and found is not None:
         rules += [top_theta(p, None, None) for p in min_probs]

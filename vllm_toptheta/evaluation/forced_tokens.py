@@ -14,7 +14,8 @@ from torch import Tensor
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 KEY = "forced_tokens"
-"""Entry of `SamplingParams.extra_args`: list of token ids, one per generated token."""
+"""Entry of `SamplingParams.extra_args`: list of token ids, one per generated token from the first;
+those after them are the model's own."""
 
 
 class ForcedTokens(AdapterLogitsProcessor):
@@ -27,6 +28,8 @@ class ForcedTokens(AdapterLogitsProcessor):
         forced: list[int] = (params.extra_args or {}).get(KEY, [])
 
         def force(output_ids: list[int], logits: Tensor) -> Tensor:
+            if len(output_ids) >= len(forced):
+                return logits
             only = torch.full_like(logits, -math.inf)
             only[forced[len(output_ids)]] = 0
             return only

@@ -19,13 +19,13 @@ from vllm_toptheta.evaluation.engine import (
     Options,
     check_levels,
     count,
-    dashed,
     follow,
     fraction,
     label,
     log_probabilities,
     running_engine,
 )
+from vllm_toptheta.evaluation.results import dashed
 
 CITIES = ("Paris", "Cairo", "Lima", "Oslo", "Tokyo", "Delhi", "Quito", "Rome", "Accra", "Seoul")
 

@@ -22,3 +22,8 @@ def write_json(path: Path, results: Sequence[Any]) -> None:
         for result in results
     ]
     path.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def dashed(cell: str) -> str:
+    """A table's cell, with a dash for NaN."""
+    return f"{'-':>{len(cell)}}" if "nan" in cell else cell

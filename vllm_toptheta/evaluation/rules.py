@@ -6,7 +6,8 @@ Everything runs in float32 whatever the model's dtype, as kernels accumulate in 
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from vllm_toptheta.calibration.attention import AttentionCall, row_chunks
 from vllm_toptheta.kernels import reference
 from vllm_toptheta.kernels.layout import PROMPT_WEIGHTS, RENORMALISE, UNCALIBRATED_WEIGHTS
 from vllm_toptheta.kernels.reference import Selection
+from vllm_toptheta.kernels.sketch import parts_of, sketch_of, sketched_scores
 from vllm_toptheta.thresholds import ThresholdTable
 
 GROUP_SIZE = 64
@@ -65,9 +67,11 @@ class Rule(ABC):
     """Attention of rows that keep some of their keys.
 
     Attributes:
+        v_row_bytes: bytes of a V row that is read, over those of a bfloat16 one.
         tally: what has been counted.
     """
 
+    v_row_bytes: ClassVar[float] = 1
     tally: Tally = field(default_factory=Tally, init=False)
 
     @property
@@ -85,6 +89,10 @@ class Rule(ABC):
             rows: [n] positions.
         """
 
+    def scores(self, call: AttentionCall, rows: Tensor, first_key: int) -> Tensor:
+        """`call.scores`, as the rule computes them."""
+        return call.scores(rows, first_key)
+
     def weights(self, call: AttentionCall) -> Tensor:
         """[num_heads, NUM_WEIGHTS] of the compensation; none: the kept keys are renormalised."""
         return torch.tensor(RENORMALISE).expand(call.num_heads, -1)
@@ -95,7 +103,7 @@ class Rule(ABC):
         key, value, query = call.key.float(), call.value.float(), call.query.float()
         wide = AttentionCall(**{**vars(call), "query": query, "key": key, "value": value})
         for rows, first_key in row_chunks(wide, torch.arange(call.first_row, len(key))):
-            selection = self.select(wide, wide.scores(rows, first_key), rows)
+            selection = self.select(wide, self.scores(wide, rows, first_key), rows)
             self.tally.add(selection, key.shape[1])
             output[rows - call.first_row] = reference.compensated_output(
                 selection,
@@ -119,7 +127,9 @@ def kept_by_head(call: AttentionCall, scores: Tensor, kept: Tensor) -> Selection
 class Dense(Rule):
     """Every key."""
 
-    name = "dense"
+    @property
+    def name(self) -> str:
+        return "dense"
 
     def select(self, call: AttentionCall, scores: Tensor, rows: Tensor) -> Selection:
         return kept_by_head(call, scores, torch.ones_like(scores, dtype=torch.bool))
@@ -172,6 +182,47 @@ class TopTheta(Rule):
 
 
 @dataclass
+class SketchedTopTheta(TopTheta):
+    """The same where rows scan the sketch of K.
+
+    Attributes:
+        log_z_error: sum over rows and heads of how much the logarithm of the softmax denominator is
+            off.
+    """
+
+    log_z_error: float = field(default=0.0, init=False)
+    _sketch: tuple[AttentionCall, Tensor, Tensor] | None = field(default=None, init=False)
+
+    @property
+    def name(self) -> str:
+        return super().name + ":k-sketch"
+
+    def scores(self, call: AttentionCall, rows: Tensor, first_key: int) -> Tensor:
+        if self._sketch is None or self._sketch[0] is not call:
+            keys = call.key[: len(call.key) // GROUP_SIZE * GROUP_SIZE].transpose(0, 1)
+            sketch = sketch_of(keys.unflatten(1, (-1, GROUP_SIZE)))
+            parts = parts_of(sketch).flatten(1, 2).transpose(0, 1).float()
+            # Keys of the last group, which no row sees as a whole.
+            parts = torch.nn.functional.pad(parts, (0, 0, 0, 0, 0, len(call.key) - len(parts)))
+            self._sketch = (call, parts, sketch.bounds.transpose(0, 1))
+        _, parts, bounds = self._sketch
+        exact, end = super().scores(call, rows, first_key), int(rows[-1]) + 1
+        scores = sketched_scores(
+            call.query[rows - call.first_row],
+            call.key[first_key:end],
+            parts[first_key:end],
+            bounds[first_key // GROUP_SIZE :],
+            rows + 1 - first_key,
+            group_size=GROUP_SIZE,
+            sm_scale=call.sm_scale,
+            window=call.window,
+            soft_cap=call.soft_cap,
+        )
+        self.log_z_error += float((scores.logsumexp(-1) - exact.logsumexp(-1)).abs().sum())
+        return scores
+
+
+@dataclass
 class TopK(Rule):
     """The k best keys of every row and query head, renormalised."""
 
@@ -187,7 +238,7 @@ class TopK(Rule):
 
 @dataclass
 class Nucleus(Rule):
-    """The best keys that hold a share of the mass (Twilight), renormalised."""
+    """The best keys that hold a share of the mass (Twilight, arXiv 2502.02770), renormalised."""
 
     share: float
 
@@ -204,7 +255,8 @@ class Nucleus(Rule):
 
 @dataclass
 class Quest(Rule):
-    """Pages of 16 keys with the best upper bounds, first and last page included, renormalised."""
+    """Pages of 16 keys with the best upper bounds, first and last page included, renormalised
+    (arXiv 2406.10774)."""
 
     keys: int
 
@@ -238,8 +290,8 @@ class Quest(Rule):
 
 @dataclass
 class Blasst(Rule):
-    """Skip-softmax: tiles of 64 keys whose maximum is below the running one by a factor are
-    dropped, renormalised."""
+    """Skip-softmax (arXiv 2512.12087): tiles of 64 keys whose maximum is below the running one by a
+    factor are dropped, renormalised."""
 
     threshold: float
 
@@ -258,7 +310,7 @@ class Blasst(Rule):
 
 @dataclass
 class Window(Rule):
-    """The first four keys and the last ones (StreamingLLM), renormalised."""
+    """The first four keys and the last ones (StreamingLLM, arXiv 2309.17453), renormalised."""
 
     keys: int
 
@@ -306,6 +358,27 @@ class Paper(Rule):
         return chosen._replace(kept=kept, kept_mass=share)
 
 
+@dataclass
+class Fp8Cache(Dense):
+    """Every key of a KV cache in float8 (vLLM's `--kv-cache-dtype fp8`, e4m3, one scale for all):
+    half of the bytes, dense."""
+
+    scale: float
+    v_row_bytes: ClassVar[float] = 0.5
+
+    @property
+    def name(self) -> str:
+        return f"fp8:{self.scale:g}"
+
+    def __call__(self, call: AttentionCall) -> Tensor:
+        def rounded(x: Tensor) -> Tensor:
+            most = torch.finfo(torch.float8_e4m3fn).max
+            scaled = (x.float() / self.scale).clamp(-most, most)
+            return (scaled.to(torch.float8_e4m3fn).float() * self.scale).to(x)
+
+        return super().__call__(replace(call, key=rounded(call.key), value=rounded(call.value)))
+
+
 RIVALS = {
     "top_k": (TopK, int),
     "nucleus": (Nucleus, float),
@@ -313,6 +386,7 @@ RIVALS = {
     "blasst": (Blasst, float),
     "window": (Window, int),
     "paper": (Paper, int),
+    "fp8": (Fp8Cache, float),
 }
 DEFAULT_RIVALS = (
     "top_k:64",
@@ -323,6 +397,7 @@ DEFAULT_RIVALS = (
     "blasst:0.001",
     "window:512",
     "paper:64",
+    "fp8:1",
 )
 
 

@@ -5,17 +5,18 @@ from ops.py.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vllm_toptheta.kernels import reference
+from vllm_toptheta.kernels import reference, sketch
 from vllm_toptheta.kernels.cpu.calls import BLOCK_OUT_OF_RANGE, AttentionCall, DecodeCall
 from vllm_toptheta.kernels.layout import LONG_GROUP, PROMPT_WEIGHTS, PageLayout
 
 
-def update_v_means(kv_cache: Tensor, layout: PageLayout, slot_mapping: Tensor) -> None:
-    """`ops.update_v_means` in PyTorch."""
+def update_side_data(kv_cache: Tensor, layout: PageLayout, slot_mapping: Tensor) -> None:
+    """`ops.update_side_data` in PyTorch."""
     block_size, group_size = layout.block_size, layout.group_size
     last = slot_mapping[(slot_mapping >= 0) & ((slot_mapping + 1) % group_size == 0)]
     if last.numel() == 0:
@@ -27,10 +28,12 @@ def update_v_means(kv_cache: Tensor, layout: PageLayout, slot_mapping: Tensor) -
     means = groups[torch.arange(len(last)), :, group].float().mean(-2)
     # Two indices around a slice: what is assigned is [num_groups, num_kv_heads, head_dim].
     layout.v_means(kv_cache)[block, :, group] = means.to(kv_cache.dtype)
+    if layout.sketch is not None:
+        sketch.write_groups(kv_cache, layout, block, group)
 
 
 def decode_attention(call: DecodeCall) -> None:
-    """`ops.decode_attention` in PyTorch."""
+    """`decode.DecodeLayer.attend` in PyTorch."""
     group_size = call.layout.group_size
     for seq, end in enumerate(call.seq_lens.tolist()):
         if end <= 0:
@@ -40,15 +43,20 @@ def decode_attention(call: DecodeCall) -> None:
             call.lifts[seq].zero_()
             continue
         key, value, origin = visible_keys(call, seq, end, end)
-        scores = reference.attention_scores(
-            call.query[seq : seq + 1].float(),
-            key,
-            torch.tensor([end - origin]),
-            sm_scale=call.sm_scale,
-            window=call.window,
-            soft_cap=call.soft_cap,
-        )
         dense = bool(call.dense[seq])
+        query, row_lens = call.query[seq : seq + 1].float(), torch.tensor([end - origin])
+        options: dict[str, Any] = {
+            "sm_scale": call.sm_scale,
+            "window": call.window,
+            "soft_cap": call.soft_cap,
+        }
+        if call.layout.sketch is not None and not dense:
+            parts, bounds = sketches(call, seq, origin, end)
+            scores = sketch.sketched_scores(
+                query, key, parts, bounds, row_lens, group_size=group_size, **options
+            )
+        else:
+            scores = reference.attention_scores(query, key, row_lens, **options)
         threshold, floor, weights = (
             call.log_min_prob[seq, :, None],
             call.min_mass[seq],
@@ -101,3 +109,24 @@ def visible_keys(
         return torch.nn.functional.pad(seen, (0, 0, 0, 0, begin - origin, 0))
 
     return rows(call.layout.keys(pages)), rows(call.layout.values(pages)), origin
+
+
+def sketches(call: AttentionCall, seq: int, origin: int, end: int) -> tuple[Tensor, Tensor]:
+    """`sketch.parts_of` the keys of a sequence [end - origin, num_kv_heads, 2 * head_dim] and
+    the bounds [groups, num_kv_heads, 2] of its groups, from position `origin` on; zeros in
+    groups that are not complete or lie before the row's first block."""
+    size, group_size = call.layout.block_size, call.layout.group_size
+    begin = max(end - call.window, 0) if call.window else 0
+    first = begin // size
+    blocks = call.block_table[seq, first : -(-end // size)].long()
+    parts, bounds = sketch.read_groups(call.kv_cache[blocks], call.layout)
+    keys, of_groups = parts.transpose(1, 2).flatten(0, 1), bounds.transpose(1, 2).flatten(0, 1)
+    complete = end // group_size * group_size - first * size
+    # Slots of other groups may hold anything.
+    keys[complete:], of_groups[complete // group_size :] = 0, 0
+    skip = origin - first * size
+    if skip < 0:
+        keys = torch.nn.functional.pad(keys, (0, 0, 0, 0, -skip, 0))
+        of_groups = torch.nn.functional.pad(of_groups, (0, 0, 0, 0, -skip // group_size, 0))
+        skip = 0
+    return keys[skip : skip + end - origin], of_groups[skip // group_size :]

@@ -50,17 +50,20 @@ def group_size_of(block_size: int) -> int:
 
 @dataclass(frozen=True)
 class PageLayout:
-    """What one (block, kv head) pair holds on a CPU: K, V, then the mean V of token groups.
+    """What one (block, kv head) pair holds on a CPU: K, V, the mean V of token groups, and where it
+    is wanted the sketch of K (sketch.py).
 
     Attributes:
         block_size: tokens per block, a multiple of 16 up to 512.
         head_dim: a multiple of 16.
         packing: how K and V lie.
+        sketch: the cache dtype where pages hold a sketch of K; None where they do not.
     """
 
     block_size: int
     head_dim: int
     packing: Packing = "vec"
+    sketch: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         if self.block_size % 16 or not 16 <= self.block_size <= MAX_BLOCK_SIZE:
@@ -81,9 +84,20 @@ class PageLayout:
         return group_size_of(self.block_size)
 
     @property
+    def num_groups(self) -> int:
+        """Short compensation groups of a page."""
+        return self.block_size // self.group_size
+
+    @property
     def content_elements(self) -> int:
         """Elements of the cache dtype that a page holds per token slot."""
-        return 2 * self.head_dim + -(-self.head_dim // self.group_size)
+        size, dim, groups = self.block_size, self.head_dim, self.num_groups
+        elements = (2 * size + groups) * dim
+        if self.sketch is not None:
+            # Codes and scales, then centres and bounds of groups.
+            sketch = size * (dim + 2) + groups * (dim * self.sketch.itemsize + 8)
+            elements += -(-sketch // self.sketch.itemsize)
+        return -(-elements // size)
 
     def check(self, kv_cache: Tensor) -> None:
         """Raise ValueError unless `kv_cache` is [num_blocks, num_kv_heads, block_size,
@@ -102,20 +116,38 @@ class PageLayout:
         allowed = (torch.bfloat16,) if self.packing == "amx" else CACHE_DTYPES
         if kv_cache.dtype not in allowed:
             raise ValueError(f"kv_cache must be one of {allowed}, got {kv_cache.dtype}")
+        if self.sketch not in (None, kv_cache.dtype):
+            raise ValueError(f"kv_cache must be {self.sketch} for {self}, got {kv_cache.dtype}")
         if not kv_cache.is_cpu:
             raise ValueError(f"kv_cache must be on the CPU, got {kv_cache.device}")
 
-    def _part(self, kv_cache: Tensor, offset: int, *sizes: int) -> Tensor:
-        """A view of a contiguous part of every page, `offset` elements from its start."""
+    def part(self, kv_cache: Tensor, dtype: torch.dtype, start: int, *sizes: int) -> Tensor:
+        """A contiguous part of every page, as a view.
+
+        Args:
+            kv_cache: pages of this layout.
+            dtype: of the part.
+            start: bytes from the start of a page.
+            sizes: the part's shape.
+
+        Returns:
+            [num_blocks, num_kv_heads, *sizes].
+        """
         self.check(kv_cache)
-        strides = [1]
+        raw = kv_cache.view(torch.uint8)
+        strides = [dtype.itemsize]
         for size in reversed(sizes[1:]):
             strides.insert(0, strides[0] * size)
-        return kv_cache.as_strided(
-            (*kv_cache.shape[:2], *sizes),
-            (*kv_cache.stride()[:2], *strides),
-            kv_cache.storage_offset() + offset,
+        as_bytes = raw.as_strided(
+            (*raw.shape[:2], *sizes, dtype.itemsize),
+            (*raw.stride()[:2], *strides, 1),
+            raw.storage_offset() + start,
         )
+        return as_bytes.view(dtype).squeeze(-1)
+
+    def _part(self, kv_cache: Tensor, offset: int, *sizes: int) -> Tensor:
+        """`part` in the cache dtype, `offset` elements from the start of a page."""
+        return self.part(kv_cache, kv_cache.dtype, offset * kv_cache.itemsize, *sizes)
 
     def keys(self, kv_cache: Tensor) -> Tensor:
         """K as [num_blocks, num_kv_heads, block_size, head_dim]; a view where the packing is

@@ -5,6 +5,7 @@ It edits the bytes of a response at one place and parses nothing but the last ch
 everything else arrives as vLLM wrote it.
 """
 
+import io
 import json
 import re
 from collections import deque
@@ -12,7 +13,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_toptheta.request_options import PREFIX
+from vllm_toptheta.requests import PREFIX
 from vllm_toptheta.serving.endpoints import OPEN, PLACES, SHOWING, may_name_options, problem_of
 from vllm_toptheta.serving.responses import ResponseWriter
 from vllm_toptheta.serving.served import get_served, is_authorised, server_args
@@ -26,9 +27,8 @@ Send = Callable[[Message], Awaitable[None]]
 
 PAGE = "/toptheta"
 
+_USAGE = b"include_usage"
 _INCLUDE_USAGE = re.compile(rb'"stream_options"\s*:\s*\{[^{}]*"include_usage"\s*:\s*true')
-_OVERLAP = 256
-"""Bytes of one part of a body that are looked at with the next one."""
 
 
 class TopThetaMiddleware:
@@ -94,26 +94,27 @@ class _Read:
 
 
 async def _read(receive: Receive) -> _Read:
-    # Bodies may be large: parts are looked through as they come in, and few bodies put together.
-    messages: deque[Message] = deque()
-    tail, named, usage = b"", False, False
-    while True:
-        message = await receive()
-        messages.append(message)
-        if message["type"] != "http.request":  # the client is gone
+    # One buffer, which `getvalue` hands out as it is, in place of a list of parts and a copy of it:
+    # the memory of a large body costs more time than looking through it.
+    buffer = io.BytesIO()
+    more = True
+    while more:
+        last = await receive()
+        if last["type"] != "http.request":  # the client is gone
             break
-        part = tail + message.get("body", b"")
-        named = named or may_name_options(part)
-        usage = usage or _INCLUDE_USAGE.search(part) is not None
-        tail = part[-_OVERLAP:]
-        if not message.get("more_body", False):
-            break
+        buffer.write(last.get("body", b""))
+        more = last.get("more_body", False)
+    body = buffer.getvalue()
+    messages: deque[Message] = deque([{"type": "http.request", "body": body, "more_body": more}])
+    if more:
+        messages.append(last)
 
     async def replay() -> Message:
         return messages.popleft() if messages else await receive()
 
-    body = b"".join(message.get("body", b"") for message in messages) if named else b""
-    return _Read(body, usage, replay)
+    named = body if may_name_options(body) else b""
+    usage = _USAGE in body and _INCLUDE_USAGE.search(body) is not None
+    return _Read(named, usage, replay)
 
 
 def _error(path: str, problem: str) -> bytes:

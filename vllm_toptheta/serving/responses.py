@@ -86,9 +86,10 @@ class ResponseWriter:
         if self._path == "/v1/responses":
             if event.startswith(_RESPONSE_ENDS):
                 head, data = event.split(_DATA, 1)
+                if (shown := self._take()) is None:
+                    return event
                 content = json.loads(data)
-                if (shown := self._take()) is not None:
-                    content["response"][FIELD] = shown
+                content["response"][FIELD] = shown
                 return head + _DATA + json.dumps(content, ensure_ascii=False).encode()
             return event
         if not event.startswith(_DATA + b"{"):
@@ -112,8 +113,10 @@ class ResponseWriter:
         return end[:-1] + f',"{FIELD}":{json.dumps(shown)}}}'.encode()
 
     def _take(self) -> dict[str, Any] | None:
-        """The field's value; counts as told to the client from here on."""
+        """The field's value, None where it is left out; counts as told from here on."""
         choices = sorted(self._collector.choices, key=self._order)
+        if not all(choice.report for choice in choices):
+            return None
         shown = show_all(choices)
         if shown is not None:
             report(choices)

@@ -73,9 +73,9 @@ class TopThetaEndpoints:
 
     async def _stats(self) -> dict[str, Any]:
         served = get_served()
-        heads = await self._heads.fetch(served.model)
         if not served.config.telemetry:
-            return {"telemetry": False, **heads}
+            return {"telemetry": False, "heads": None, "heads_problem": "telemetry is off"}
+        heads = await self._heads.fetch(served.model)
         metrics, live = get_sinks()
         return {
             "telemetry": True,

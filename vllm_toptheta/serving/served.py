@@ -11,7 +11,7 @@ from starlette.datastructures import Headers
 
 from vllm_toptheta.config import TopThetaConfig
 from vllm_toptheta.model_identity import ModelIdentity
-from vllm_toptheta.request_options import RequestPolicy
+from vllm_toptheta.requests import RequestPolicy
 from vllm_toptheta.thresholds import ThresholdTable
 
 

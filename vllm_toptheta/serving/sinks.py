@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from vllm_toptheta.request_options import NUMBERS
+from vllm_toptheta.requests import NUMBERS
 from vllm_toptheta.serving.served import Served, get_served
 from vllm_toptheta.telemetry.counters import PREFILL
 from vllm_toptheta.telemetry.delivery import add_sink

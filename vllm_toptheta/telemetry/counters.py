@@ -1,47 +1,11 @@
-"""What is counted, and how it is shown: columns of integers in, the object of a response out."""
+"""How counts are shown: columns of integers in, the object of a response out."""
 
 import operator
 from collections.abc import Sequence
 from typing import Any
 
-from vllm_toptheta.request_options import Target, Targets
-
-FIELDS = (
-    "rows",
-    "keys_scored",
-    "keys_kept",
-    "v_rows_scored",
-    "v_rows_read",
-    "keys_dense",
-    "keys_target",
-    "kept_mass",
-    "rows_lifted",
-    "dense_short",
-    "dense_window",
-    "dense_layer",
-    "dense_off",
-    "dense_prefill",
-    "prefill_rows",
-    "prefill_keys_scored",
-    "prefill_keys_kept",
-    "prefill_v_tiles",
-    "prefill_v_tiles_read",
-    "prefill_kept_mass",
-)
-"""Columns of all counts. A row is one token in one layer and one query head.
-
-`rows`, `keys_*` and `v_rows_*` cover decode rows, dense ones included; V rows are counted per kv
-head. `keys_target` are the keys that rows under a k were meant to keep, `keys_dense` those that all
-other rows kept: rows that ran dense, and rows under a min_prob. `kept_mass` is the share of its
-attention that a row's kept keys hold, summed over rows in units of 1 / MASS_UNIT; a dense row has
-one. `rows_lifted` counts rows whose threshold the floor min_mass lowered. `dense_*` counts rows
-that ran dense by reason: short (at most min_kv_len keys), window (the layer's window is not
-larger), layer (excluded by an option), off (the request asked for it), prefill (prompt tokens).
-`prefill_*` covers prompt rows that our kernel computed, dense ones included; a V tile is a run of
-64 keys of one token and kv head, read where any query head of the group keeps a key in it."""
-
-MASS_UNIT = 10**6
-"""What a kept share of one counts as: shares add up as integers, and so in any order."""
+from vllm_toptheta.kernels.columns import COLUMNS, MASS_UNIT
+from vllm_toptheta.requests import Target, Targets
 
 SHOWN = ("rows", "keys_scored", "keys_kept", "v_rows_scored", "v_rows_read", "rows_lifted")
 SHOWN_PREFILL = (
@@ -52,10 +16,10 @@ SHOWN_PREFILL = (
     "prefill_v_tiles_read",
 )
 PREFILL = "prefill_"
-DENSE_REASONS = tuple(name.removeprefix("dense_") for name in FIELDS if name.startswith("dense_"))
+DENSE_REASONS = tuple(name.removeprefix("dense_") for name in COLUMNS if name.startswith("dense_"))
 
 Counts = list[int]
-"""One number per column of FIELDS."""
+"""One number per column of COLUMNS."""
 
 Named = dict[str, int]
 """The same by name."""
@@ -63,7 +27,7 @@ Named = dict[str, int]
 
 def zeros() -> Counts:
     """No counts."""
-    return [0] * len(FIELDS)
+    return [0] * len(COLUMNS)
 
 
 def add(into: Counts, more: Sequence[int]) -> None:
@@ -73,7 +37,7 @@ def add(into: Counts, more: Sequence[int]) -> None:
 
 def by_name(counts: Sequence[int]) -> Named:
     """Counts as a mapping."""
-    return dict(zip(FIELDS, counts, strict=True))
+    return dict(zip(COLUMNS, counts, strict=True))
 
 
 def summarise(targets: Targets, counts: Sequence[int]) -> dict[str, Any]:
@@ -81,7 +45,7 @@ def summarise(targets: Targets, counts: Sequence[int]) -> dict[str, Any]:
 
     Args:
         targets: what the rows ran with.
-        counts: columns as in FIELDS.
+        counts: columns as in COLUMNS.
     """
     named, decode = by_name(counts), targets.decode
     return {

@@ -1,19 +1,24 @@
 """The engine core's books: step counts of the worker in, what each output and client is told out.
 
 Every count is told exactly once as `new`, which the server adds to its metrics without keeping
-state per request. Counts of requests that vanish (aborts, and steps that ran after a stop string
-was found) are told in letters of their own.
+state per request: all that came for a client's requests, with the next output that goes to it.
+Where none is left to wait for (aborts, and steps that ran after a stop string was found), it goes
+in a letter of its own.
 """
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_toptheta.telemetry.counters import Counts, add, zeros
+from vllm_toptheta.kernels.columns import COLUMNS
+from vllm_toptheta.telemetry.counters import Counts
+
+KEY = "toptheta"
+"""Of a step's record on vLLM's `ModelRunnerOutput`, and of the counts in `kv_transfer_params`."""
 
 ENGINE_LETTER = "toptheta-engine"
 """Request id of letters that belong to no request."""
@@ -27,18 +32,17 @@ class StepRecord:
 
     Attributes:
         request_ids: requests of the batch.
-        requests: counts of each.
-        layers: [num_layers, len(FIELDS)] counts of each layer, all requests together; None in a
-            record without counts. An array, because it is added up every step and told once a
-            second.
-        detail: counts of each layer, of requests that asked for them.
+        requests: [num_requests, len(COLUMNS)] counts of each.
+        layers: [num_layers, len(COLUMNS)] counts of each layer, all requests together; None in a
+            record without counts.
+        detail: [num_layers, len(COLUMNS)] counts of each layer, of requests that asked for them.
         failures: telemetry failures in the worker since the last record.
     """
 
     request_ids: list[str]
-    requests: list[Counts]
+    requests: NDArray[np.int64] | list[Counts]
     layers: NDArray[np.int64] | None
-    detail: dict[str, list[Counts]]
+    detail: dict[str, NDArray[np.int64]]
     failures: int = 0
 
 
@@ -52,10 +56,11 @@ class Letter(NamedTuple):
 
 @dataclass
 class _Account:
+    """Of a request; `total` is a row of the ledger's batch, or of one before it."""
+
     client: int
-    total: Counts = field(default_factory=zeros)
-    new: Counts = field(default_factory=zeros)
-    layers: list[Counts] | None = None
+    total: NDArray[np.int64]
+    layers: NDArray[np.int64] | None = None
 
 
 class Ledger:
@@ -68,6 +73,10 @@ class Ledger:
     def __init__(self, engine: int) -> None:
         self._engine = engine
         self._accounts: dict[str, _Account] = {}
+        self._batch: list[str] = []
+        self._totals = np.zeros((0, len(COLUMNS)), dtype=np.int64)
+        self._rows_of_client: dict[int, list[int]] = {}
+        self._new: dict[int, NDArray[np.int64]] = {}
         self._layers: NDArray[np.int64] | None = None
         self._failures = {"worker": 0, "engine": 0}
         self._layers_told = 0.0
@@ -79,19 +88,35 @@ class Ledger:
             record: from the worker.
             client_of: the client of a request that is in the engine; None for others.
         """
-        for request_id, counts in zip(record.request_ids, record.requests, strict=True):
-            account = self._accounts.get(request_id)
-            if account is None:
-                account = self._accounts[request_id] = _Account(client_of(request_id) or 0)
-            add(account.total, counts)
-            add(account.new, counts)
-            if (detail := record.detail.get(request_id)) is not None:
-                account.layers = account.layers or [zeros() for _ in detail]
-                for into, more in zip(account.layers, detail, strict=True):
-                    add(into, more)
         if record.layers is not None:
+            self._turn_to(record.request_ids, client_of)
+            requests = np.asarray(record.requests)
+            self._totals += requests
+            for client, rows in self._rows_of_client.items():
+                new = requests[rows].sum(0)
+                self._new[client] = new + self._new.get(client, 0)
+            for request_id, detail in record.detail.items():
+                account = self._accounts[request_id]
+                account.layers = detail + (0 if account.layers is None else account.layers)
             self._layers = record.layers + (0 if self._layers is None else self._layers)
         self._failures["worker"] += record.failures
+
+    def _turn_to(self, batch: list[str], client_of: Callable[[str], int | None]) -> None:
+        """Bring the totals of these requests together, so that a step is one addition; most steps
+        find them so."""
+        accounts = self._accounts
+        if batch == self._batch and all(map(accounts.__contains__, batch)):
+            return
+        for request_id in batch:
+            if request_id not in accounts:
+                zeros = np.zeros(len(COLUMNS), dtype=np.int64)
+                accounts[request_id] = _Account(client_of(request_id) or 0, zeros)
+        found = [accounts[request_id] for request_id in batch]
+        self._batch, self._totals = batch, np.array([account.total for account in found])
+        self._rows_of_client = {}
+        for row, account in enumerate(found):
+            account.total = self._totals[row]
+            self._rows_of_client.setdefault(account.client, []).append(row)
 
     def note_failures(self, count: int) -> None:
         """Book telemetry failures of this process."""
@@ -100,7 +125,14 @@ class Ledger:
     def tell(self, request_id: str) -> dict[str, Any] | None:
         """What an output of a request carries; None where nothing was counted."""
         account = self._accounts.get(request_id)
-        return None if account is None else self._content(account)
+        if account is None:
+            return None
+        content: dict[str, Any] = {"engine": self._engine, "total": account.total.tolist()}
+        if (new := self._new.pop(account.client, None)) is not None:
+            content["new"] = new.tolist()
+        if account.layers is not None:
+            content["layers"] = account.layers.tolist()
+        return content
 
     def close(self, is_live: Callable[[str], bool]) -> list[Letter]:
         """Drop requests that left, and hand out the letters of this step.
@@ -108,25 +140,17 @@ class Ledger:
         Args:
             is_live: whether a request is still in the engine.
         """
-        letters = []
         for request_id in [name for name in self._accounts if not is_live(name)]:
-            account = self._accounts.pop(request_id)
-            if any(account.new):
-                letters.append(Letter(account.client, request_id, self._content(account)))
+            del self._accounts[request_id]
+        letters = []
+        if self._new:
+            waiting = {account.client for account in self._accounts.values()}
+            for client in self._new.keys() - waiting:
+                new = {"engine": self._engine, "new": self._new.pop(client).tolist()}
+                letters.append(Letter(client, ENGINE_LETTER, new))
         if (content := self._engine_content()) is not None:
             letters.append(Letter(0, ENGINE_LETTER, content))
         return letters
-
-    def _content(self, account: _Account) -> dict[str, Any]:
-        content: dict[str, Any] = {
-            "engine": self._engine,
-            "total": list(account.total),
-            "new": account.new,
-        }
-        if account.layers is not None:
-            content["layers"] = [list(counts) for counts in account.layers]
-        account.new = zeros()
-        return content
 
     def _engine_content(self) -> dict[str, Any] | None:
         """Counts per layer, once a second and when the engine runs empty; failures at once."""

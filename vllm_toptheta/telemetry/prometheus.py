@@ -87,9 +87,11 @@ class Metrics(Sink):
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(PREFIX + name, text, [*_LABELS, *labels], **options)
 
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            made = Histogram(PREFIX + name, text, _LABELS, buckets=buckets, **options)
-            made.labels(model_name, "0")  # a rate misses the first observation of a new series
+        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            names = [*_LABELS, *labels]
+            made = Histogram(PREFIX + name, text, names, buckets=buckets, **options)
+            # A rate misses the first observation of a new series.
+            made.labels(model_name, "0", *("" for _ in labels))
             return made
 
         self._shown = {name: counter(name, _HELP[name]) for name in (*SHOWN, *SHOWN_PREFILL)}
@@ -105,7 +107,10 @@ class Metrics(Sink):
             "request_kept_fraction", "Kept over scored keys of a sequence", _FRACTIONS
         )
         self._mass = histogram(
-            "kept_mass", "Mean share of their attention that rows of a sequence kept", _MASSES
+            "kept_mass",
+            "Mean share of their attention that rows of a sequence kept",
+            _MASSES,
+            "adapter",  # tables are made without any
         )
         self._prompt_mass = histogram(
             PREFILL + "kept_mass", "The same of its prompt rows, where prompts are pruned", _MASSES
@@ -119,14 +124,14 @@ class Metrics(Sink):
             PREFIX + "layer_target_ratio",
             "Kept keys of a layer's rows under a k, recently, over the keys they were to keep",
             [*_LABELS, "layer"],
-            multiprocess_mode="mostrecent",
+            multiprocess_mode="livemostrecent",
             **options,
         )
         self._info = Gauge(
             PREFIX + "info",
             "Options and threshold table; always 1",
             ["model_name", *info],
-            multiprocess_mode="mostrecent",
+            multiprocess_mode="livemostrecent",
             **options,
         )
         self._info.labels(model_name, *info.values()).set(1)
@@ -171,9 +176,10 @@ class Metrics(Sink):
         engine = str(choice.engine)
         self._requests.labels(self._model, engine, choice.setting).inc()
         shown = choice.show()
+        if (mass := shown["kept_mass"]) is not None:
+            self._mass.labels(self._model, engine, choice.adapter).observe(mass)
         for series, value in (
             (self._kept, shown["kept_fraction"]),
-            (self._mass, shown["kept_mass"]),
             (self._prompt_mass, shown["prefill"] and shown["prefill"]["kept_mass"]),
             (self._ratio, shown["target_ratio"]),
         ):

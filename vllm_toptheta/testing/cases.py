@@ -3,7 +3,8 @@ thresholds in the gaps between probabilities, and what float64 says the outcome 
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from vllm_toptheta.kernels.layout import (
     PageLayout,
     group_size_of,
 )
+from vllm_toptheta.kernels.sketch import read_groups, sketched_scores
 
 GAP = 2e-3
 """Distance, in log p, that thresholds keep from every key: wider than any kernel's rounding."""
@@ -126,6 +128,8 @@ class Case:
         weights: [num_heads, NUM_WEIGHTS] float32.
         dense: [num_rows] bool.
         sinks: [num_heads] float32, or None.
+        sketches: where rows scan the sketch of K, per sequence its parts [len, num_kv_heads, 2 *
+            head_dim] and its bounds [groups, num_kv_heads, 2].
     """
 
     spec: Spec
@@ -140,6 +144,7 @@ class Case:
     weights: Tensor
     dense: Tensor
     sinks: Tensor | None
+    sketches: list[tuple[Tensor, Tensor]] | None = None
     seq_lens: Tensor = field(init=False)
     query_start_loc: Tensor = field(init=False)
 
@@ -151,14 +156,20 @@ class Case:
 
     def scores(self, row: int) -> Tensor:
         """[num_heads, 1, len] float64 of one query token."""
-        seq, visible = self.spec.rows[row]
-        return reference.attention_scores(
-            self.query[row : row + 1].double(),
-            self.keys[seq][:visible].double() * self.scales[0],
-            torch.tensor([visible]),
-            sm_scale=self.spec.sm_scale,
-            window=self.spec.window,
-            soft_cap=self.spec.soft_cap,
+        spec = self.spec
+        seq, visible = spec.rows[row]
+        query, row_lens = self.query[row : row + 1].double(), torch.tensor([visible])
+        key = self.keys[seq][:visible].double() * self.scales[0]
+        options: dict[str, Any] = {
+            "sm_scale": spec.sm_scale,
+            "window": spec.window,
+            "soft_cap": spec.soft_cap,
+        }
+        if self.sketches is None or self.dense[row]:
+            return reference.attention_scores(query, key, row_lens, **options)
+        parts, bounds = self.sketches[seq]
+        return sketched_scores(
+            query, key, parts[:visible], bounds, row_lens, group_size=spec.group_size, **options
         )
 
     def select(self, row: int) -> reference.Selection:
@@ -202,11 +213,15 @@ class Case:
             result.v_tiles_read[row] = tiles.unflatten(-1, (-1, 64)).any(-1).sum(-1)
         return result
 
-    def cpu_pages(self, packing: Packing = "vec") -> tuple[Tensor, PageLayout]:
-        """The cache as CPU kernels read it. Whatever no token was written to holds NaN, and so do
-        the means: `update_v_means` is the kernels'."""
+    def cpu_pages(
+        self, packing: Packing = "vec", *, sketch: bool = False
+    ) -> tuple[Tensor, PageLayout]:
+        """The cache as CPU kernels read it. Whatever no token was written to holds NaN, and so does
+        side data: `update_side_data` is the kernels'."""
         spec = self.spec
-        layout = PageLayout(spec.block_size, spec.head_dim, packing)
+        layout = PageLayout(
+            spec.block_size, spec.head_dim, packing, sketch=spec.dtype if sketch else None
+        )
         pages = torch.full(
             (self.num_blocks, spec.num_kv_heads, spec.block_size, layout.content_elements),
             math.nan,
@@ -281,6 +296,30 @@ def make_case(spec: Spec, *, num_spare_blocks: int = 3) -> Case:
         if visible and not case.dense[row]:
             _move_into_gap(case, row)
     return case
+
+
+def with_sketches(case: Case, pages: Tensor, layout: PageLayout) -> Case:
+    """The case of decode rows that scan the sketches in pages that a kernel has written, its
+    thresholds away from what is near to being decided otherwise."""
+    parts, bounds = read_groups(pages, layout)
+    size, groups = layout.block_size, layout.num_groups
+    sketches = []
+    for seq, length in enumerate(case.spec.lens):
+        position = torch.arange(length)
+        block = case.block_table[seq, position // size].long()
+        first = torch.arange(length // layout.group_size)
+        of_group = case.block_table[seq, first // groups].long()
+        sketches.append(
+            (parts[block, :, position % size], bounds[of_group, :, first % groups].double())
+        )
+    # What belongs to no complete group may be anything, and meets no weight but must be a number.
+    for keys, of_groups in sketches:
+        keys[len(of_groups) * layout.group_size :] = 0
+    sketched = replace(case, sketches=sketches, log_min_prob=case.log_min_prob.clone())
+    for row, (_, visible) in enumerate(case.spec.rows):
+        if visible and not case.dense[row]:
+            _move_into_gap(sketched, row)
+    return sketched
 
 
 def _move_into_gap(case: Case, row: int) -> None:

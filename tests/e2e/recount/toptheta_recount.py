@@ -13,42 +13,31 @@ from typing import Any
 
 
 def register() -> None:
-    """Replace the kernel before the backend imports it, and break telemetry where asked for."""
-    from vllm_toptheta.kernels import ops
+    """Follow the kernel's calls, and break telemetry where asked for."""
+    from vllm_toptheta.kernels.decode import DecodeLayer
 
-    if hasattr(ops.decode_attention, "original"):
+    original = DecodeLayer.attend
+    if hasattr(original, "original"):
         return
-    original = ops.decode_attention
     runners: list[Any] = []
     lines: list[Any] = []
 
-    def decode_attention(query: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(query, *args, **kwargs)
+    def attend(layer: Any, rows: Any, *args: Any) -> None:
+        original(layer, rows, *args)
         if not runners:
             runner_class = sys.modules["vllm.v1.worker.gpu_model_runner"].GPUModelRunner
             runners.append(next(o for o in gc.get_objects() if isinstance(o, runner_class)))
             lines.append(open(os.environ["TOPTHETA_RECOUNT"], "a", buffering=1))  # noqa: SIM115
-        seq_lens = args[3]
         request_ids = list(runners[0].input_batch.req_ids)
-        if len(request_ids) < len(seq_lens):  # warm-up
-            return result
-        rows = [
-            list(row)
-            for row in zip(
-                request_ids,
-                seq_lens.tolist(),
-                kwargs["num_kept"].tolist(),
-                kwargs["kept_mass"].tolist(),
-                kwargs["lifts"].tolist(),
-                kwargs["dense"].tolist(),
-                strict=False,
-            )
-        ]
-        lines[0].write(json.dumps(rows) + "\n")
-        return result
+        if len(request_ids) < len(rows.seq_lens):  # warm-up
+            return
+        of_layer = (rows.num_kept, rows.kept_mass, rows.lifts, rows.dense)
+        columns = [column[layer.slot].tolist() for column in of_layer]
+        counted = zip(request_ids, rows.seq_lens.tolist(), *columns, strict=False)
+        lines[0].write(json.dumps([list(row) for row in counted]) + "\n")
 
-    decode_attention.original = original  # type: ignore[attr-defined]
-    ops.decode_attention = decode_attention
+    attend.original = original  # type: ignore[attr-defined]
+    DecodeLayer.attend = attend  # type: ignore[method-assign]
     _break_on_demand()
 
 

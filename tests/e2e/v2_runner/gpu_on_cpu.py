@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from vllm_toptheta.backend.gpu import TopThetaGPUBackend
+from vllm_toptheta.backend.gpu import TopThetaGPUBackend, TopThetaGPUBareBackend
 
 # TRITON_ATTN's cache writer asks for it to choose how many warps a program has.
 torch.cuda.get_device_capability = lambda *args: (9, 0)
@@ -16,3 +16,14 @@ class Backend(TopThetaGPUBackend):
     @classmethod
     def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
         return []
+
+    @classmethod
+    def path_for(cls, dtype: torch.dtype) -> str:
+        is_bare = super().path_for(dtype).endswith(TopThetaGPUBareBackend.__name__)
+        return f"gpu_on_cpu.{'BareBackend' if is_bare else 'Backend'}"
+
+
+class BareBackend(Backend):
+    """The same without room for V means."""
+
+    customize_spec = TopThetaGPUBareBackend.customize_spec

@@ -30,6 +30,6 @@ triton.backends.backends.clear()
 triton.backends.backends["cpu"] = Backend
 
 if os.environ.get("TOPTHETA_TEST_GPU_BACKEND"):
-    from vllm_toptheta.backend import registration
+    from vllm_toptheta import registration
 
     registration.CPU_BACKEND_PATH = "gpu_on_cpu.Backend"

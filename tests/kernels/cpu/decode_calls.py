@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vllm_toptheta.kernels import ops
 from vllm_toptheta.kernels.cpu import native
-from vllm_toptheta.kernels.cpu.calls import DecodeCall
+from vllm_toptheta.kernels.decode import DecodeLayer, DecodeRows
 from vllm_toptheta.kernels.layout import RENORMALISE, Packing, PageLayout
 from vllm_toptheta.testing.cases import Case, Result, Spec, error_budget
 
@@ -18,6 +18,22 @@ needs_native = pytest.mark.skipif(
     ops.available_target().target != "native",
     reason=f"no native kernels: {ops.available_target().reason}",
 )
+BASE = {"dtype": torch.bfloat16, "head_dim": 64, "block_size": 64}
+OPTIONS = [
+    {},
+    {"min_mass": 0.8, "sinks": True},
+    {"window": 201, "soft_cap": 6.0},
+    {"dense_rows": (1, 3)},
+    {"min_prob": 1e-5},
+    {"compensation": False},
+    {"num_heads": 7, "num_kv_heads": 1, "head_dim": 128, "block_size": 128},
+    {"num_heads": 16, "num_kv_heads": 1, "head_dim": 96, "block_size": 32},
+    {"num_heads": 2, "num_kv_heads": 2, "head_dim": 256, "block_size": 128},
+    {"num_heads": 3, "num_kv_heads": 1, "head_dim": 256, "block_size": 128},
+    {"num_heads": 11, "num_kv_heads": 1, "head_dim": 32, "lens": (1500, 33), "min_prob": 0.01},
+]
+"""What pages of every kind are tried with, on top of BASE."""
+
 TARGETS = [pytest.param("native", marks=needs_native), "eager"]
 
 
@@ -27,6 +43,7 @@ def decode(
     *,
     pages: Tensor | None = None,
     packing: Packing = "vec",
+    sketch: bool = False,
     num_splits: int | None = None,
     num_threads: int | None = None,
     isa: native.Isa | None = None,
@@ -34,35 +51,45 @@ def decode(
     """Run the kernel, on the case's pages where none are given; what only native.py takes is for
     the native target."""
     spec, result = case.spec, Result.empty(case.spec)
-    layout = PageLayout(spec.block_size, spec.head_dim, packing)
+    layout = PageLayout(
+        spec.block_size, spec.head_dim, packing, sketch=spec.dtype if sketch else None
+    )
     if pages is None:
-        pages, _ = case.cpu_pages(packing)
-        ops.update_v_means(pages, layout, case.slots(), target=target)
-    call = DecodeCall(
-        query=case.query,
-        kv_cache=pages,
-        layout=layout,
+        pages, _ = case.cpu_pages(packing, sketch=sketch)
+        ops.update_side_data(pages, layout, case.slots(), target=target)
+    layer, rows = layer_and_rows(case, result, layout, target)
+    if num_splits or num_threads or isa:
+        assert layer.args is not None
+        layer.args.num_splits, layer.args.num_threads = num_splits or 0, num_threads or 0
+        layer.args.avx512 = native.use_avx512(isa)
+    layer.attend(rows, case.query, pages, result.out, case.sinks)
+    return result
+
+
+def layer_and_rows(
+    case: Case, result: Result, layout: PageLayout, target: ops.Target
+) -> tuple[DecodeLayer, DecodeRows]:
+    """What a case is to the kernel, as the only layer of its step."""
+    layer = DecodeLayer(
+        0,
+        layout,
+        case.weights,
+        sm_scale=case.spec.sm_scale,
+        window=case.spec.window,
+        soft_cap=case.spec.soft_cap,
+        target=target,
+    )
+    rows = DecodeRows(
         block_table=case.block_table,
         seq_lens=case.seq_lens,
-        log_min_prob=case.log_min_prob,
+        log_min_prob=case.log_min_prob[None],
         min_mass=case.min_mass,
-        sm_scale=spec.sm_scale,
-        dense=case.dense,
-        weights=case.weights,
-        window=spec.window,
-        soft_cap=spec.soft_cap,
-        sinks=case.sinks,
-        out=result.out,
-        num_kept=result.num_kept,
-        kept_mass=result.kept_mass,
-        lifts=result.lifts,
+        dense=case.dense[None],
+        num_kept=result.num_kept[None],
+        kept_mass=result.kept_mass[None],
+        lifts=result.lifts[None],
     )
-    if num_splits or num_threads or isa:
-        native.decode_attention(call, num_splits=num_splits, num_threads=num_threads, isa=isa)
-    else:
-        arguments = {field.name: getattr(call, field.name) for field in fields(call)}
-        ops.decode_attention(**arguments, target=target)
-    return result
+    return layer, rows
 
 
 @contextlib.contextmanager

@@ -20,6 +20,12 @@ static inline simde__m512 simde_mm512_cvtph_ps(__m256i x) {
   _mm256_store_ps(f + 8, _mm256_cvtph_ps(_mm256_extracti128_si256(x, 1)));
   return simde_mm512_load_ps(f);
 }
+static inline simde__m512i simde_mm512_cvtepu16_epi32(__m256i x) {
+  alignas(64) int32_t i[16];
+  _mm256_store_si256((__m256i*)i, _mm256_cvtepu16_epi32(_mm256_castsi256_si128(x)));
+  _mm256_store_si256((__m256i*)(i + 8), _mm256_cvtepu16_epi32(_mm256_extracti128_si256(x, 1)));
+  return simde_mm512_load_si512(i);
+}
 """
 
 

@@ -43,7 +43,7 @@ class Prompts:
     def write_pages(self, packing: Packing = "vec") -> None:
         """Write the case's keys and values, and the means of their groups."""
         self.pages, self.layout = self.case.cpu_pages(packing)
-        ops.update_v_means(self.pages, self.layout, self.case.slots(), target="eager")
+        ops.update_side_data(self.pages, self.layout, self.case.slots(), target="eager")
 
     def rows_of(self, seq: int) -> slice:
         """The sequence's query tokens."""

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from decode_calls import TARGETS, check, decode, kept_keys, needs_native
+from decode_calls import BASE, OPTIONS, TARGETS, check, decode, kept_keys, needs_native
 from test_invariance import on_a_key
 
 from vllm_toptheta.kernels import ops
@@ -24,19 +24,6 @@ ISAS = [
             reason="this CPU has no AVX-512",
         ),
     ),
-]
-BASE = {"dtype": torch.bfloat16, "head_dim": 64, "block_size": 64}
-OPTIONS = [
-    {},
-    {"min_mass": 0.8, "sinks": True},
-    {"window": 201, "soft_cap": 6.0},
-    {"dense_rows": (1, 3)},
-    {"min_prob": 1e-5},
-    {"compensation": False},
-    {"num_heads": 7, "num_kv_heads": 1, "head_dim": 128, "block_size": 128},
-    {"num_heads": 16, "num_kv_heads": 1, "head_dim": 96, "block_size": 32},
-    {"num_heads": 2, "num_kv_heads": 2, "head_dim": 256, "block_size": 128},
-    {"num_heads": 11, "num_kv_heads": 1, "head_dim": 32, "lens": (1500, 33), "min_prob": 0.01},
 ]
 
 
@@ -82,7 +69,7 @@ def test_nan_that_the_row_does_not_see_never_reaches_the_output(target: ops.Targ
     case = make_case(Spec(lens=lens, window=window, min_prob=1e-6, **BASE))  # type: ignore[arg-type]
     expected = decode(case, target, packing="amx")
     pages, layout = case.cpu_pages("amx")
-    ops.update_v_means(pages, layout, case.slots(), target=target)
+    ops.update_side_data(pages, layout, case.slots(), target=target)
     raw = pages.flatten(2)[..., : 2 * 64 * 64].view(*pages.shape[:2], 2, -1)
     for seq, length in enumerate(lens):
         for position in range(max(length - window, 0)):
@@ -104,7 +91,7 @@ def test_means_are_those_of_other_pages() -> None:
     means = []
     for packing in ("vec", "amx"):
         pages, layout = case.cpu_pages(packing)
-        ops.update_v_means(pages, layout, case.slots(), target="native")
+        ops.update_side_data(pages, layout, case.slots(), target="native")
         means.append(layout.v_means(pages))
     assert torch.equal(*(mean.nan_to_num() for mean in means))
 
@@ -116,6 +103,8 @@ def test_vllm_writes_such_pages() -> None:
 
     if not hasattr(torch.ops._C, "cpu_attn_reshape_and_cache"):
         pytest.skip("this vLLM has no CPU operators")
+    if not torch.cpu._is_avx512_supported():
+        pytest.skip("the library that vLLM loads without AVX-512 knows no such pages")
     layout = PageLayout(64, 96, "amx")
     kv_cache = torch.zeros(4, 2, 64, layout.content_elements, dtype=torch.bfloat16)
     views = [

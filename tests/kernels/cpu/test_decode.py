@@ -159,7 +159,7 @@ def test_rows_of_128k_tokens() -> None:
 def test_blocks_that_do_not_exist(target: ops.Target) -> None:
     case = make_case(Spec(lens=(64, 523)))
     pages, _ = case.cpu_pages()
-    ops.update_v_means(pages, PageLayout(64, 64), case.slots(), target=target)
+    ops.update_side_data(pages, PageLayout(64, 64), case.slots(), target=target)
     for wrong in (-1, case.num_blocks):
         broken = replace(case, block_table=case.block_table.clone())
         broken.block_table[1, 3] = wrong

@@ -122,7 +122,7 @@ def test_nan_outside_the_row_never_reaches_the_output(
     spec = Spec(lens=(1, 63, 523), window=90, min_prob=min_prob, dtype=dtype)
     case = make_case(spec)
     pages, layout = case.cpu_pages()
-    ops.update_v_means(pages, layout, case.slots(), target=target)
+    ops.update_side_data(pages, layout, case.slots(), target=target)
     for seq, length in enumerate(spec.lens):
         position = torch.arange(max(length - 90, 0))
         block, slot = case.block_table[seq].long()[position // 64], position % 64

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from decode_calls import TARGETS, decode, needs_native
+from decode_calls import TARGETS, decode, layer_and_rows, needs_native
 from torch import Tensor
 
 from vllm_toptheta.kernels import ops
 from vllm_toptheta.kernels.cpu import build, native
+from vllm_toptheta.kernels.decode import DecodeLayer, DecodeRows
 from vllm_toptheta.kernels.layout import PageLayout
 from vllm_toptheta.testing.cases import Result, Spec, make_case
 
@@ -47,6 +48,10 @@ def test_parts_share_the_page_without_overlap(layout: PageLayout) -> None:
     assert (pages[..., used:] == 0).all()
 
 
+LAYER = ("layout", "weights", "sm_scale", "window", "soft_cap", "target")
+CALL = ("query", "kv_cache", "out", "sinks")
+
+
 def arguments() -> dict[str, object]:
     case = make_case(Spec())
     pages, layout = case.cpu_pages()
@@ -57,17 +62,27 @@ def arguments() -> dict[str, object]:
         "layout": layout,
         "block_table": case.block_table,
         "seq_lens": case.seq_lens,
-        "log_min_prob": case.log_min_prob,
+        "log_min_prob": case.log_min_prob[None],
         "min_mass": case.min_mass,
         "sm_scale": case.spec.sm_scale,
-        "dense": case.dense,
+        "dense": case.dense[None],
         "weights": case.weights,
         "window": None,
         "soft_cap": None,
         "sinks": None,
-        **{name: result[name] for name in ("out", "num_kept", "kept_mass", "lifts")},
+        "out": result["out"],
+        **{name: result[name][None] for name in ("num_kept", "kept_mass", "lifts")},
         "target": "eager",
     }
+
+
+def attend(given: dict[str, object]) -> DecodeLayer:
+    """One layer's call, from its arguments by name."""
+    rest = dict(given)
+    layer = DecodeLayer(0, **{name: rest.pop(name) for name in LAYER})  # type: ignore[arg-type]
+    call = {name: rest.pop(name) for name in CALL}
+    layer.attend(DecodeRows(**rest), **call)  # type: ignore[arg-type]
+    return layer
 
 
 def second_half(x: Tensor) -> Tensor:
@@ -78,7 +93,8 @@ def second_half(x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("query", lambda x: x[:, :3], "num_heads 3 is not a multiple of num_kv_heads 2"),
+        ("query", lambda x: x[:, :3], "query must be"),
+        ("weights", lambda x: x[:3], "got 1, 2 and 6"),
         ("query", lambda x: x[0], "query must be"),
         ("query", lambda x: x.bfloat16(), "query must be .* torch.float32"),
         ("query", second_half, "rows of query must be contiguous"),
@@ -93,13 +109,16 @@ def second_half(x: Tensor) -> Tensor:
         ("seq_lens", lambda x: x.long(), "seq_lens must be .* torch.int32"),
         ("seq_lens", second_half, "seq_lens must be contiguous"),
         ("log_min_prob", lambda x: x.double(), "log_min_prob must be .* torch.float32"),
-        ("log_min_prob", lambda x: x[:, :1], "log_min_prob must be"),
+        ("log_min_prob", lambda x: x[..., :1], "num_kept must be"),
+        ("log_min_prob", lambda x: x[0], "log_min_prob and kept_mass must be"),
+        ("log_min_prob", second_half, "rows of log_min_prob must be contiguous"),
         ("min_mass", lambda x: x[:1], "min_mass must be"),
         ("weights", lambda x: x[:, :4], "weights must be"),
         ("dense", lambda x: x.int(), "dense must be .* torch.bool"),
         ("out", lambda x: x[1:], "out must be"),
         ("num_kept", lambda x: x.long(), "num_kept must be .* torch.int32"),
         ("kept_mass", lambda x: x[:, :1], "kept_mass must be"),
+        ("kept_mass", lambda x: x[..., :1].contiguous(), "got 1, 2 and 1"),
         ("lifts", lambda x: x.long(), "lifts must be .* torch.int32"),
         ("sinks", torch.zeros(3), "sinks must be"),
         ("window", 0, "window must be positive or None, got 0"),
@@ -111,18 +130,53 @@ def test_arguments_are_checked(name: str, value: object, message: str) -> None:
     given = arguments()
     given[name] = value(given[name]) if callable(value) else value
     with pytest.raises(ValueError, match=message):
-        ops.decode_attention(**given)  # type: ignore[arg-type]
+        attend(given)
+
+
+def test_heads_are_a_multiple_of_kv_heads() -> None:
+    given = arguments()
+    for name in ("query", "out"):
+        given[name] = given[name][:, :5]  # type: ignore[index]
+    given["weights"] = given["weights"][:5]  # type: ignore[index]
+    given["kept_mass"] = given["kept_mass"][..., :5].contiguous()  # type: ignore[index]
+    with pytest.raises(ValueError, match="num_heads 5 is not a multiple of num_kv_heads 2"):
+        attend(given)
+
+
+@needs_native
+def test_what_is_prepared_is_checked_again_where_it_differs() -> None:
+    """One layer's second step has other rows, pages, sinks and strides."""
+    other = make_case(Spec(lens=(300, 5), sinks=True, seed=9))
+    layer = attend({**arguments(), "target": "native"})
+    pages, layout = other.cpu_pages()
+    ops.update_side_data(pages, layout, other.slots(), target="native")
+    result, expected = Result.empty(other.spec), decode(other)
+    layer.weights.copy_(other.weights)
+    _, rows = layer_and_rows(other, result, layout, "native")
+    wide = torch.zeros(4, 9, 64)
+    query, out = wide[:, :6], torch.zeros(4, 7, 64)[:, 1:]
+    query[:2] = other.query
+    layer.attend(rows, query, pages, out, other.sinks)
+    assert torch.equal(out[:2], expected.out)
+    assert torch.equal(result.num_kept, expected.num_kept)
+    assert (out[2:] == 0).all()
+    with pytest.raises(ValueError, match="query must be"):
+        layer.attend(rows, query[:, :5], pages, out, other.sinks)
+    with pytest.raises(ValueError, match="kv_cache must be"):
+        layer.attend(rows, query, pages[..., :-1], out, other.sinks)
+    layer.attend(rows, query, pages, out)
+    without = decode(replace(other, sinks=None))
+    assert torch.equal(out[:2], without.out)
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_an_empty_batch_is_nothing_to_do(target: ops.Target) -> None:
     given = arguments()
-    of_rows = ("query", "block_table", "seq_lens", "log_min_prob", "min_mass", "dense")
-    for name in (*of_rows, "out", "num_kept", "kept_mass", "lifts"):
-        tensor = given[name]
-        assert isinstance(tensor, Tensor)
-        given[name] = tensor[:0]
-    ops.decode_attention(**{**given, "target": target})  # type: ignore[arg-type]
+    for name in ("query", "block_table", "seq_lens", "min_mass", "out"):
+        given[name] = given[name][:0]  # type: ignore[index]
+    for name in ("log_min_prob", "dense", "num_kept", "kept_mass", "lifts"):
+        given[name] = given[name][:, :0]  # type: ignore[index]
+    attend({**given, "target": target})
 
 
 def test_a_missing_library_is_named_and_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from decode_calls import needs_native
 
-from vllm_toptheta.kernels import ops
+from vllm_toptheta.kernels.decode import DecodeLayer, DecodeRows
 from vllm_toptheta.kernels.layout import RENORMALISE, PageLayout
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -96,29 +96,29 @@ def test_agrees_with_vllm_on_its_own_cache(
         scheduler_metadata=metadata,
         s_aux=None,
     )
-    num_kept = torch.empty(num_seqs, num_kv_heads, dtype=torch.int32)
-    ops.decode_attention(
-        query,
-        kv_cache,
+    num_kept = torch.empty(1, num_seqs, num_kv_heads, dtype=torch.int32)
+    layer = DecodeLayer(
+        0,
         layout,
-        block_table,
-        seq_lens,
-        torch.zeros(num_seqs, num_kv_heads),
-        torch.zeros(num_seqs),
+        torch.tensor(RENORMALISE).repeat(num_heads, 1),
         sm_scale=head_dim**-0.5,
-        dense=torch.ones(num_seqs, dtype=torch.bool),
-        weights=torch.tensor(RENORMALISE).repeat(num_heads, 1),
         window=window,
         soft_cap=None,
-        sinks=None,
-        out=ours,
-        num_kept=num_kept,
-        kept_mass=torch.empty(num_seqs, num_heads),
-        lifts=torch.empty_like(num_kept),
         target="native",
     )
+    rows = DecodeRows(
+        block_table=block_table,
+        seq_lens=seq_lens,
+        log_min_prob=torch.zeros(num_kept.shape),
+        min_mass=torch.zeros(num_seqs),
+        dense=torch.ones(1, num_seqs, dtype=torch.bool),
+        num_kept=num_kept,
+        kept_mass=torch.empty(1, num_seqs, num_heads),
+        lifts=torch.empty_like(num_kept),
+    )
+    layer.attend(rows, query, kv_cache, ours)
     visible = seq_lens if window is None else seq_lens.clamp(max=window)
-    assert torch.equal(num_kept, visible[:, None].expand_as(num_kept))
+    assert torch.equal(num_kept[0], visible[:, None].expand_as(num_kept[0]))
     eps = torch.finfo(dtype).eps
     tolerance = 2e-6 if dtype == torch.float32 else 3 * eps
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)

@@ -48,23 +48,25 @@ COSTLY = {"_scan_kernel", "_floor_kernel", "_gather_kernel", "_prefill_kernel"}
 
 
 def resources(compiled: Any) -> dict[str, int]:
-    """Registers, spilled bytes or registers, and shared memory, read from the binary."""
+    """Registers, spilled bytes or registers, shared memory, and on CUDA the instructions of the
+    longest loop, read from the binary."""
     if "cubin" in compiled.asm:
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
             file.flush()
             report = subprocess.run(
-                [tool, "--dump-resource-usage", file.name],
+                [tool, "--dump-resource-usage", "--dump-sass", file.name],
                 check=True,
                 capture_output=True,
                 text=True,
             ).stdout
-        usage = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", report)}
+        usage = {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", report)}
         return {
             "registers": usage["REG"],
             "spills": usage["STACK"] + usage["LOCAL"],
             "shared": compiled.metadata.shared,
+            "loop": longest_loop(report),
         }
     assembly = compiled.asm["amdgcn"]
 
@@ -79,17 +81,29 @@ def resources(compiled: Any) -> dict[str, int]:
     }
 
 
+def longest_loop(sass: str) -> int:
+    """Instructions, of 16 bytes each, between the target of a branch backwards and the branch."""
+    jumps = re.findall(r"/\*([0-9a-f]{4,})\*/[^;/]*\bBRA\b[^;/]*0x([0-9a-f]+) ?;", sass)
+    spans = [(int(at, 16) - int(target, 16)) // 16 + 1 for at, target in jumps]
+    # A program ends with a jump to itself.
+    return max((span for span in spans if span > 1), default=0)
+
+
 def memory(asm: dict[str, Any]) -> dict[str, int]:
     """How the binary reads global memory: loads of 16 bytes, of 2, loads that a predicate can leave
-    out, asynchronous copies of 16 bytes, 8 and fewer, and tiles of K in flight.
+    out, asynchronous copies of 16 bytes, 8 and fewer, tiles of K in flight, and how often float8
+    becomes bfloat16.
     """
+    to_bf16 = len(re.findall(r"tt\.fp_to_fp .*f8\w+, .*-> tensor<\w+xbf16", asm["ttgir"]))
     if "ptx" not in asm:
-        return {"wide_loads": len(re.findall(r"(?:global|buffer)_load_dwordx4", asm["amdgcn"]))}
+        wide = len(re.findall(r"(?:global|buffer)_load_dwordx4", asm["amdgcn"]))
+        return {"wide_loads": wide, "float8_to_bfloat16": to_bf16}
     ptx = asm["ptx"]
     # A program's first buffer of two dimensions is that of K.
     buffers = re.findall(r"local_alloc.*!ttg.memdesc<(\d+)x\d+x\d+x", asm["ttgir"])
     copies = re.findall(r"cp\.async\.c[ag]\.\S+ \[[^]]*\], \[[^]]*\], (0x\w+)", ptx)
     return {
+        "float8_to_bfloat16": to_bf16,
         "wide_copies": copies.count("0x10"),
         "narrow_copies": copies.count("0x8"),
         "scalar_copies": copies.count("0x4"),
@@ -105,7 +119,8 @@ def launched(target_name: str) -> list[tuple[str, Variant]]:
     """Names of shapes and what they launch on a target."""
     found = []
     for shape in SHAPES[target_name]:
-        launches = decode_launches.launches(shape) + prefill_launches.launches(shape)
+        launches = decode_launches.launches(shape, TARGETS[target_name])
+        launches += prefill_launches.launches(shape)
         if not found:
             launches += step_launches.launches()
         names = COSTLY if found else {recorder.function.__name__ for recorder in launches}
@@ -128,6 +143,8 @@ def compile_variant(place: tuple[str, int]) -> str:
         "shared_limit": SHARED_LIMITS[target_name],
         "threads": variant.options["num_warps"] * target.warp_size,
         "stages": variant.options["num_stages"],
+        "chained": bool(variant.options.get("launch_pdl")),
+        "waits": compiled.asm.get("ptx", "").count("griddepcontrol.wait"),
     }
     return json.dumps(record | memory(compiled.asm) | resources(compiled))
 

@@ -3,6 +3,7 @@
 import torch
 from compile_shapes import NUM_KV_HEADS, Shape, pages
 from launches import Recorder, recorded
+from triton.backends.compiler import GPUTarget
 
 from vllm_toptheta.kernels.layout import NUM_WEIGHTS
 from vllm_toptheta.kernels.triton import decode, means
@@ -14,9 +15,16 @@ KERNELS = [
 ]
 
 
-def launches(shape: Shape) -> list[Recorder]:
+def launches(shape: Shape, target: GPUTarget) -> list[Recorder]:
     """A decode step of two rows, and the update of the means."""
-    num_heads, config = NUM_KV_HEADS * shape.heads, choose_config(head_dim=shape.head_dim)
+    num_heads = NUM_KV_HEADS * shape.heads
+    cache_bytes = 1 if shape.cache_dtype else 2
+    config = choose_config(
+        head_dim=shape.head_dim,
+        cache_bytes=cache_bytes,
+        warp_size=target.warp_size,
+        chained=target.backend == "cuda" and target.arch >= 90,
+    )
     key, value, v_means = pages(shape)
     query = torch.empty(2, num_heads, shape.head_dim, dtype=shape.dtype)
     scale = torch.ones(1) if shape.cache_dtype else None
@@ -28,7 +36,6 @@ def launches(shape: Shape) -> list[Recorder]:
         num_kv_heads=NUM_KV_HEADS,
         head_dim=shape.head_dim,
         block_size=shape.block_size,
-        tile=config.tile,
         device="cpu",
     )
     with recorded(*KERNELS) as recorders:

@@ -27,9 +27,10 @@ def launches() -> list[Recorder]:
                 by_kv_head,
                 by_kv_head,
             ),
-            num_single=4,
+            single=slice(0, 4),
+            skipped=0,
             prunes_prompts=True,
-            counts_kv_heads=True,
             out=torch.zeros(5, 32, len(counts.COLUMNS), dtype=torch.int64),
+            heads=torch.zeros(32, 8 + 32 + 2, dtype=torch.int64),
         )
     return recorders

@@ -26,7 +26,7 @@ MAX_ROWS, MAX_BLOCKS = 41, 33
 WINDOWS = (1, 128, None)  # of the layers
 LAYERS = len(WINDOWS)
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 9, 3, 64, 32
-CONFIG = choose_config(head_dim=HEAD_DIM)
+CONFIG = choose_config(head_dim=HEAD_DIM, warp_size=64)
 PREFILL_CONFIG = choose_prefill_config(head_dim=HEAD_DIM, cache_bytes=2)
 INT = torch.int32
 
@@ -69,7 +69,6 @@ class Engine:
             num_kv_heads=KV_HEADS,
             head_dim=HEAD_DIM,
             block_size=BLOCK_SIZE,
-            tile=CONFIG.tile,
             device="cpu",
         )
 
@@ -148,10 +147,11 @@ class Engine:
                 tokens.lifts,
                 tokens.v_tiles_read,
             ),
-            num_single=num_rows,
+            single=slice(0, num_rows),
+            skipped=0,
             prunes_prompts=True,
-            counts_kv_heads=True,
             out=torch.zeros(num_reqs, LAYERS, len(counts.COLUMNS), dtype=torch.int64),
+            heads=torch.zeros(LAYERS, KV_HEADS + HEADS + 2, dtype=torch.int64),
         )
 
 

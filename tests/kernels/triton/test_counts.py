@@ -6,8 +6,8 @@ import pytest
 import torch
 from triton_interpreter import needs_interpreter
 
-from vllm_toptheta.telemetry.counters import FIELDS
-from vllm_toptheta.telemetry.counters import MASS_UNIT as UNIT
+from vllm_toptheta.kernels.columns import COLUMNS
+from vllm_toptheta.kernels.columns import MASS_UNIT as UNIT
 
 pytestmark = needs_interpreter
 
@@ -56,16 +56,18 @@ def step() -> dict[str, Any]:
             lifts=integers(3, KV_HEADS),
             v_tiles_read=integers(4, KV_HEADS),
         ),
-        "num_single": NUM_SINGLE,
+        "single": slice(0, NUM_SINGLE),
+        "skipped": 0,
         "prunes_prompts": True,
-        "counts_kv_heads": True,
+        "heads": torch.zeros(len(WINDOWS), KV_HEADS + HEADS + 2, dtype=torch.int64),
     }
 
 
 def count(step: dict[str, Any]) -> torch.Tensor:
+    """Columns of every request and layer, in UNITS; sums per head are added to `heads`."""
     from vllm_toptheta.kernels.triton.counts import count_step
 
-    out = torch.zeros(len(LENS), 4, len(FIELDS), dtype=torch.int64)
+    out = torch.zeros(len(LENS), 4, len(COLUMNS), dtype=torch.int64)
     count_step(**step, out=out)
     return out
 
@@ -80,9 +82,9 @@ def expected(step: dict[str, Any], request: int, slot: int) -> dict[str, int]:
     mass = int((rows.kept_mass[slot, tokens].double() * UNIT + 0.5).floor().sum())
     lists = int(rows.num_kept[slot, tokens].sum())
     codes = rows.dense[slot, tokens].tolist()
-    num_rows = HEADS * QUERIES[request]
+    num_rows = QUERIES[request]
     is_prompt = request >= NUM_SINGLE or bool(rows.is_prompt[request])
-    found = {"dense_prefill": HEADS * sum(code != 0 for code in codes)} if is_prompt else {}
+    found = {"dense_prefill": sum(code != 0 for code in codes)} if is_prompt else {}
     if is_prompt and step["prunes_prompts"]:
         tiles, read = 0, 0
         if request >= NUM_SINGLE:
@@ -90,23 +92,23 @@ def expected(step: dict[str, Any], request: int, slot: int) -> dict[str, int]:
             read = int(rows.v_tiles_read[slot, tokens].sum())
         found |= {
             "prefill_rows": num_rows,
-            "prefill_keys_scored": visible * HEADS,
-            "prefill_keys_kept": lists * GROUP,
-            "prefill_v_tiles": tiles * KV_HEADS,
+            "prefill_keys_scored": visible,
+            "prefill_keys_kept": lists,
+            "prefill_v_tiles": tiles,
             "prefill_v_tiles_read": read,
             "prefill_kept_mass": mass,
         }
     elif not is_prompt:
         reason = ("", "dense_short", "dense_window", "dense_layer", "dense_off")[codes[0]]
         target = int(rows.target[request]) if slot == 0 and not reason else 0
-        lifted = int((rows.lifts[slot, first] > 0).sum()) * GROUP
+        lifted = int((rows.lifts[slot, first] > 0).sum())
         found = {
             "rows": num_rows,
-            "keys_scored": visible * HEADS,
-            "keys_kept": lists * GROUP,
-            "v_rows_scored": visible * KV_HEADS,
+            "keys_scored": visible,
+            "keys_kept": lists,
+            "v_rows_scored": visible,
             "v_rows_read": lists,
-            "keys_dense": 0 if target else lists * GROUP,
+            "keys_dense": 0 if target else lists,
             "keys_target": min(target, visible * HEADS),
             "kept_mass": mass,
             "rows_lifted": 0 if reason else lifted,
@@ -119,7 +121,7 @@ def check(step: dict[str, Any]) -> torch.Tensor:
     out = count(step)
     for request in range(len(LENS)):
         for slot, place in enumerate(PLACES):
-            found = dict(zip(FIELDS, out[request, place].tolist(), strict=True))
+            found = dict(zip(COLUMNS, out[request, place].tolist(), strict=True))
             wanted = expected(step, request, slot) if LENS[request] else {}
             assert {name: value for name, value in found.items() if value} == wanted
     assert not out[:, [0, 2]].any(), "a layer that is not the builder's was counted"
@@ -128,10 +130,26 @@ def check(step: dict[str, Any]) -> torch.Tensor:
 
 def test_every_column(step: dict[str, Any]) -> None:
     out = check(step)
-    column = dict(zip(FIELDS, out.sum((0, 1)).tolist(), strict=True))
-    assert all(column[name] for name in FIELDS if not name.startswith("dense_"))
+    column = dict(zip(COLUMNS, out.sum((0, 1)).tolist(), strict=True))
+    assert all(column[name] for name in COLUMNS if not name.startswith("dense_"))
     # 1000 keys were wanted of a row of 70.
-    assert out[1, PLACES[0], FIELDS.index("keys_target")] == 70 * HEADS
+    assert out[1, PLACES[0], COLUMNS.index("keys_target")] == 70 * HEADS
+
+
+def test_heads_add_up_over_steps(step: dict[str, Any]) -> None:
+    first = check(step).sum(0)
+    sums, rows = step["heads"], step["rows"]
+    generated = [0, 1]  # neither padding nor the last token of a prompt
+    kept = rows.num_kept[:, generated].sum(1)
+    mass = (rows.kept_mass[:, generated].double() * UNIT + 0.5).long().sum(1)
+    visible = [300 + 70, 40 + 40]
+    assert sums[:, :KV_HEADS].tolist() == kept.tolist()
+    assert sums[:, KV_HEADS:-2].tolist() == mass.tolist()
+    assert sums[:, -2].tolist() == visible
+    assert sums[:, -1].tolist() == [2, 2]
+    once = sums.clone()
+    assert torch.equal(check(step).sum(0), first)
+    assert torch.equal(step["heads"], 2 * once)
 
 
 def test_every_reason(step: dict[str, Any]) -> None:
@@ -146,27 +164,12 @@ def test_prompts_of_another_kernel_are_dense(step: dict[str, Any]) -> None:
     check(step)
 
 
-def test_kv_heads_that_another_rank_counts(step: dict[str, Any]) -> None:
-    whole = check(step)
-    step["counts_kv_heads"] = False
-    part = count(step)
-    of_kv_heads = [name.removeprefix("prefill_").startswith("v_") for name in FIELDS]
-    assert whole[..., of_kv_heads].any(0).any(0).all()
-    assert not part[..., of_kv_heads].any()
-    others = [not yes for yes in of_kv_heads]
-    assert torch.equal(part[..., others], whole[..., others])
-
-
-def test_columns_are_written_in_the_order_they_travel_in() -> None:
-    from vllm_toptheta.kernels.triton.counts import COLUMNS, MASS_UNIT
-
-    assert COLUMNS == FIELDS
-    assert MASS_UNIT == UNIT
-
-
 def test_wrong_shapes_are_refused(step: dict[str, Any]) -> None:
     from vllm_toptheta.kernels.triton.counts import count_step
 
-    out = torch.zeros(len(LENS), 4, len(FIELDS) + 1, dtype=torch.int64)
+    out = torch.zeros(len(LENS), 4, len(COLUMNS) + 1, dtype=torch.int64)
     with pytest.raises(ValueError, match="out must be contiguous"):
         count_step(**step, out=out)
+    step["heads"] = step["heads"][:, 1:]
+    with pytest.raises(ValueError, match="heads must be contiguous"):
+        count_step(**step, out=out[..., 1:].contiguous())

@@ -25,19 +25,31 @@ KERNELS = {
 TARGETS = {"cuda:80", "cuda:90", "cuda:100", "hip:gfx942"}
 
 REGISTERS = {
-    "_scan_kernel": (88, 96),
+    "_scan_kernel": (96, 96),
     "_select_kernel": (128, 96),
-    "_floor_kernel": (128, 128),
-    "_gather_kernel": (255, 256),
+    "_floor_kernel": (184, 136),
+    "_gather_kernel": (255, 272),
     "_merge_kernel": (96, 96),
     "_prefill_kernel": (255, 512),
     "_update_v_means_kernel": (64, 64),
     "_count_kernel": (80, 64),
 }
 """Registers per thread on CUDA, and on AMD, where vector and accumulation registers share one file
-of 512 per lane and SIMD. Four warps of 88 leave five programs of the scan a multiprocessor, and its
+of 512 per lane and SIMD. Four warps of 96 leave five programs of the scan a multiprocessor, and its
 shared memory as many. The prefill kernel runs one program of 256 threads a multiprocessor, or one
 wave a SIMD."""
+
+
+STEPS = ("scan", "select", "floor", "gather", "merge")
+"""Of a decode row, in the order in which they are launched."""
+
+GATHER_SPILLS = 384
+"""Bytes that a gather spills. One of 128 registers is faster than one of 255 (LaunchConfig); nearly
+all of it are pointers and numbers that its loops do not change."""
+
+SCAN_LOOPS = {("cuda:90", "d128 h4 b64 bfloat16/bfloat16"): 333}
+"""Instructions of the scan's loop, which are those for 64 keys, 35 of them for the greatest scores
+of runs; 650 was the aim."""
 
 
 def run_program(name: str) -> list[dict[str, Any]]:
@@ -70,9 +82,29 @@ def test_registers_spills_and_shared_memory(binaries: list[dict[str, Any]]) -> N
     for record in binaries:
         budget = REGISTERS[record["kernel"]][record["target"].startswith("hip")]
         assert record["registers"] <= budget, record
-        assert record["spills"] == 0, record
+        is_gather = record["kernel"] == "_gather_kernel"
+        assert record["spills"] <= (GATHER_SPILLS if is_gather else 0), record
         assert record["shared"] <= record["shared_limit"], record
         assert record["threads"] <= 256, record
+
+
+def test_the_loop_of_the_scan_is_short(binaries: list[dict[str, Any]]) -> None:
+    loops = {
+        (record["target"], record["shape"]): record["loop"]
+        for record in binaries
+        if record["kernel"] == "_scan_kernel" and "loop" in record
+    }
+    for place, budget in SCAN_LOOPS.items():
+        assert 0 < loops[place] <= budget, (place, loops)
+
+
+def test_chained_launches_wait_for_the_one_before(binaries: list[dict[str, Any]]) -> None:
+    for record in binaries:
+        follows = record["kernel"] in {f"_{step}_kernel" for step in STEPS[1:]}
+        can = record["target"] in ("cuda:90", "cuda:100")
+        assert record["chained"] == (can and follows), record
+        is_step = record["kernel"] in {f"_{step}_kernel" for step in STEPS}
+        assert record["waits"] == (can and is_step), record
 
 
 def test_k_is_prefetched_and_loads_are_wide_and_predicated(
@@ -83,6 +115,7 @@ def test_k_is_prefetched_and_loads_are_wide_and_predicated(
             continue
         assert record["wide_loads"] > 0, record
         if record["target"].startswith("cuda"):
+            assert record["float8_to_bfloat16"] == 0, record
             assert record["predicated_loads"] > 0, record
             assert record["wide_copies"] > 0, record
             assert record["element_loads"] == 0, record

@@ -70,6 +70,19 @@ def test_matches_the_specification(name: str) -> None:
     check(case, run(case))
 
 
+@pytest.mark.parametrize("magnitude", [2.0**100, 2.0**-100])
+def test_a_query_outside_of_float16_meets_a_float8_cache(magnitude: float) -> None:
+    """Beside float8 keys the query is rounded to float16, whose range is narrower."""
+    case = make_case(spec(lens=(150,), cache_dtype=torch.float8_e4m3fn, seed=24))
+    expected = case.expected()
+    case.query *= magnitude
+    case.scales = (case.scales[0] / magnitude, case.scales[1])
+    result = run(case)
+    assert torch.equal(result.num_kept, expected.num_kept)
+    error = (result.out.double() - expected.out).abs()
+    assert (error <= 2 * error_budget(case, expected.out)).all()
+
+
 def test_the_cases_show_something() -> None:
     """They would pass a dense kernel if nothing were pruned, lifted or compensated."""
     case = make_case(spec(lens=(523,)))
@@ -168,7 +181,6 @@ def test_too_little_scratch_is_refused() -> None:
         num_kv_heads=1,
         head_dim=64,
         block_size=64,
-        tile=64,
         device="cpu",
     )
     assert scratch.max_len == 512
@@ -178,6 +190,16 @@ def test_too_little_scratch_is_refused() -> None:
         _check_room(scratch, 3, 1)
     with pytest.raises(ValueError, match="num_splits must be 1 to 256"):
         _check_room(scratch, 1, 257)
+
+
+def test_a_cache_whose_rows_cannot_be_counted_in_places_is_refused() -> None:
+    from vllm_toptheta.kernels.triton.decode import _check_places
+
+    flat = torch.empty(4096)
+    for block, slot in ((1032, 32), (1024, 40)):
+        with pytest.raises(ValueError, match=f"2 pages of {block} and slots of {slot}"):
+            _check_places(flat.as_strided((2, 1, 16, 32), (block, 512, slot, 1)))
+    _check_places(flat.as_strided((2, 1, 16, 32), (1024, 512, 32, 1)))
 
 
 def test_a_tile_of_part_of_a_group_is_refused() -> None:

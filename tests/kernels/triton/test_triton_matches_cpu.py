@@ -3,6 +3,7 @@
 import pytest
 import torch
 from decode_runs import run
+from kernels.cpu.decode_calls import layer_and_rows
 from triton_interpreter import needs_interpreter
 
 from vllm_toptheta.kernels import ops
@@ -34,28 +35,10 @@ def run_on_cpu(case: Case) -> Result:
     """The best CPU target on the same cache in the CPU's page layout."""
     pages, layout = case.cpu_pages()
     target = ops.available_target().target
-    ops.update_v_means(pages, layout, case.slots(), target=target)
+    ops.update_side_data(pages, layout, case.slots(), target=target)
     result = Result.empty(case.spec)
-    ops.decode_attention(
-        case.query,
-        pages,
-        layout,
-        case.block_table,
-        case.seq_lens,
-        case.log_min_prob,
-        case.min_mass,
-        sm_scale=case.spec.sm_scale,
-        dense=case.dense,
-        weights=case.weights,
-        window=case.spec.window,
-        soft_cap=case.spec.soft_cap,
-        sinks=case.sinks,
-        out=result.out,
-        num_kept=result.num_kept,
-        kept_mass=result.kept_mass,
-        lifts=result.lifts,
-        target=target,
-    )
+    layer, rows = layer_and_rows(case, result, layout, target)
+    layer.attend(rows, case.query, pages, result.out, case.sinks)
     return result
 
 

@@ -22,7 +22,7 @@ _SOURCES = {
     "library.cpp": (),
     "decode_avx2.cpp": _AVX2,
     "prefill_avx2.cpp": _AVX2,
-    "v_means_avx2.cpp": _AVX2,
+    "side_data_avx2.cpp": _AVX2,
 }
 # Without contraction a multiplication and an addition stay two roundings: which pairs the compiler
 # would fuse differs between instruction sets, and kept keys must not.

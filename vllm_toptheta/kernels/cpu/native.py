@@ -1,7 +1,7 @@
-"""The C++ library over ctypes: how it is found, and its decode and V mean kernels.
+"""The C++ library over ctypes: how it is found, and what its functions take.
 
-Arguments arrive validated from kernels/ops.py. What only tests and benchmarks set stays here: in
-how many parts a row is cut, threads, and the instruction set.
+Arguments arrive validated from kernels/ops.py. What only tests and benchmarks set is not there: in
+how many parts a row is cut, threads, and the instruction set (fields of DecodeLayerArgs).
 """
 
 import ctypes
@@ -14,12 +14,7 @@ from typing import Literal
 from torch import Tensor
 
 from vllm_toptheta.kernels.cpu.build import LIBRARY_NAME
-from vllm_toptheta.kernels.cpu.calls import (
-    BAD_LENGTHS,
-    BLOCK_OUT_OF_RANGE,
-    DTYPES,
-    DecodeCall,
-)
+from vllm_toptheta.kernels.cpu.calls import BAD_LENGTHS, BLOCK_OUT_OF_RANGE, DTYPES
 from vllm_toptheta.kernels.layout import PageLayout
 
 Isa = Literal["avx2", "avx512"]
@@ -32,38 +27,48 @@ STATUS = {
 }
 """What the statuses of src/args.h mean, from 1 on."""
 
-_ABI_VERSION = 5
+_ABI_VERSION = 7
 _CALLER_ERRORS = ("block_out_of_range", "bad_lengths")
 _REBUILD = "python -m vllm_toptheta.kernels.cpu.build"
 
 
-class _DecodeArgs(ctypes.Structure):
-    """Mirror of ToptDecodeArgs in src/args.h."""
+class DecodeLayerArgs(ctypes.Structure):
+    """Mirror of ToptDecodeLayer in src/args.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("query", "kv_cache", "block_table", "seq_lens")),
-        *((name, ctypes.c_void_p) for name in ("log_min_prob", "min_mass", "dense", "weights")),
-        *((name, ctypes.c_void_p) for name in ("sinks", "out", "num_kept", "kept_mass", "lifts")),
+        *((name, ctypes.c_void_p) for name in ("kv_cache", "weights", "sinks")),
         *((name, ctypes.c_int64) for name in ("query_stride", "out_stride", "block_stride")),
-        *((name, ctypes.c_int64) for name in ("head_stride", "block_table_stride")),
-        *((name, ctypes.c_int64) for name in ("log_min_prob_stride", "num_blocks")),
-        *((name, ctypes.c_int32) for name in ("max_blocks", "num_seqs", "num_heads")),
-        *((name, ctypes.c_int32) for name in ("num_kv_heads", "head_dim", "block_size")),
-        *((name, ctypes.c_int32) for name in ("group_size", "amx", "window", "dtype")),
-        *((name, ctypes.c_int32) for name in ("num_splits", "num_threads", "avx512")),
+        *((name, ctypes.c_int64) for name in ("head_stride", "num_blocks")),
+        *((name, ctypes.c_int32) for name in ("slot", "num_heads", "num_kv_heads", "head_dim")),
+        *((name, ctypes.c_int32) for name in ("block_size", "group_size", "amx", "sketch")),
+        *((name, ctypes.c_int32) for name in ("window", "dtype", "num_splits", "num_threads")),
+        ("avx512", ctypes.c_int32),
         *((name, ctypes.c_float) for name in ("sm_scale", "soft_cap")),
     )
 
 
-class _MeansArgs(ctypes.Structure):
-    """Mirror of ToptMeansArgs in src/args.h."""
+class DecodeRowsArgs(ctypes.Structure):
+    """Mirror of ToptDecodeRows in src/args.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("block_table", "seq_lens", "log_min_prob")),
+        *((name, ctypes.c_void_p) for name in ("min_mass", "dense", "num_kept", "kept_mass")),
+        ("lifts", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("block_table_stride", "log_min_prob_layer_stride")),
+        ("log_min_prob_stride", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("max_blocks", "num_seqs")),
+    )
+
+
+class _SideDataArgs(ctypes.Structure):
+    """Mirror of ToptSideDataArgs in src/args.h."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("kv_cache", "slot_mapping")),
         *((name, ctypes.c_int64) for name in ("num_tokens", "num_blocks")),
         *((name, ctypes.c_int64) for name in ("block_stride", "head_stride")),
         *((name, ctypes.c_int32) for name in ("num_kv_heads", "head_dim", "block_size")),
-        *((name, ctypes.c_int32) for name in ("group_size", "amx", "dtype")),
+        *((name, ctypes.c_int32) for name in ("group_size", "amx", "sketch", "dtype")),
     )
 
 
@@ -102,9 +107,13 @@ def load_library(path: Path) -> NativeLibrary:
         return NativeLibrary(None, f"{path} cannot be loaded: {error}")
     for name in ("topt_abi_version", "topt_cpu_supported", "topt_avx512_supported"):
         getattr(library, name).restype = ctypes.c_int32
-    for function in (library.topt_decode, library.topt_prefill, library.topt_update_v_means):
+    for function, arguments in (
+        (library.topt_decode, 4),
+        (library.topt_prefill, 1),
+        (library.topt_update_side_data, 1),
+    ):
         function.restype = ctypes.c_int32
-        function.argtypes = [ctypes.c_void_p]
+        function.argtypes = [ctypes.c_void_p] * arguments
     found = library.topt_abi_version()
     if found != _ABI_VERSION:
         reason = f"{path} has ABI {found}, expected {_ABI_VERSION}; rebuild it with: {_REBUILD}"
@@ -144,37 +153,9 @@ def check_status(status: int) -> None:
     raise RuntimeError(f"native kernel failed: {STATUS[name]}")
 
 
-def decode_attention(
-    call: DecodeCall,
-    *,
-    num_splits: int | None = None,
-    num_threads: int | None = None,
-    isa: Isa | None = None,
-) -> None:
-    """`ops.decode_attention` in C++.
-
-    Args:
-        call: what to compute.
-        num_splits: parts a row is cut into; None lets the kernel choose. Outputs differ by rounding
-            only.
-        num_threads: None for as many as torch uses.
-        isa: None for the best one here.
-    """
-    args = _DecodeArgs(
-        min_mass=call.min_mass.data_ptr(),
-        weights=call.weights.data_ptr(),
-        lifts=call.lifts.data_ptr(),
-        num_splits=num_splits or 0,
-        num_threads=num_threads or 0,
-        avx512=use_avx512(isa),
-        **call.native_fields(),
-    )
-    check_status(native_library().topt_decode(ctypes.byref(args)))
-
-
-def update_v_means(kv_cache: Tensor, layout: PageLayout, slot_mapping: Tensor) -> None:
-    """`ops.update_v_means` in C++."""
-    args = _MeansArgs(
+def update_side_data(kv_cache: Tensor, layout: PageLayout, slot_mapping: Tensor) -> None:
+    """`ops.update_side_data` in C++."""
+    args = _SideDataArgs(
         kv_cache.data_ptr(),
         slot_mapping.data_ptr(),
         slot_mapping.shape[0],
@@ -186,6 +167,7 @@ def update_v_means(kv_cache: Tensor, layout: PageLayout, slot_mapping: Tensor) -
         layout.block_size,
         layout.group_size,
         layout.packing == "amx",
+        layout.sketch is not None,
         DTYPES[kv_cache.dtype],
     )
-    check_status(native_library().topt_update_v_means(ctypes.byref(args)))
+    check_status(native_library().topt_update_side_data(ctypes.byref(args)))

@@ -8,7 +8,7 @@ import math
 import torch
 
 from vllm_toptheta.kernels import eager, reference
-from vllm_toptheta.kernels.cpu.calls import BAD_LENGTHS, PrefillCall
+from vllm_toptheta.kernels.cpu.calls import BAD_LENGTHS, DTYPES, PrefillCall
 from vllm_toptheta.kernels.cpu.native import Isa, check_status, native_library, use_avx512
 from vllm_toptheta.kernels.layout import PROMPT_WEIGHTS, V_TILE
 
@@ -48,13 +48,43 @@ def prefill_native(
         num_threads: None for as many as torch uses.
         isa: None for the best one here.
     """
+    num_blocks, num_kv_heads, _, _ = call.kv_cache.shape
+    block_stride, head_stride, _, _ = call.kv_cache.stride()
     args = _PrefillArgs(
+        query=call.query.data_ptr(),
+        kv_cache=call.kv_cache.data_ptr(),
+        block_table=call.block_table.data_ptr(),
         query_start_loc=call.query_start_loc.data_ptr(),
+        seq_lens=call.seq_lens.data_ptr(),
+        log_min_prob=call.log_min_prob.data_ptr(),
+        dense=call.dense.data_ptr(),
+        sinks=None if call.sinks is None else call.sinks.data_ptr(),
+        out=call.out.data_ptr(),
+        num_kept=call.num_kept.data_ptr(),
         v_tiles_read=call.v_tiles_read.data_ptr(),
+        kept_mass=call.kept_mass.data_ptr(),
+        query_stride=call.query.stride(0),
+        out_stride=call.out.stride(0),
+        block_stride=block_stride,
+        head_stride=head_stride,
+        block_table_stride=call.block_table.stride(0),
+        log_min_prob_stride=call.log_min_prob.stride(0),
+        num_blocks=num_blocks,
+        max_blocks=call.block_table.shape[1],
         num_tokens=call.query.shape[0],
+        num_seqs=call.seq_lens.shape[0],
+        num_heads=call.query.shape[1],
+        num_kv_heads=num_kv_heads,
+        head_dim=call.layout.head_dim,
+        block_size=call.layout.block_size,
+        group_size=call.layout.group_size,
+        amx=call.layout.packing == "amx",
+        window=call.window or 0,
+        dtype=DTYPES[call.kv_cache.dtype],
         num_threads=num_threads or 0,
         avx512=use_avx512(isa),
-        **call.native_fields(),
+        sm_scale=call.sm_scale,
+        soft_cap=call.soft_cap or 0.0,
     )
     check_status(native_library().topt_prefill(ctypes.byref(args)))
 

@@ -1,5 +1,5 @@
 """Counts of a step on the device, for telemetry: totals per request and layer of what the attention
-kernels wrote.
+kernels wrote, and sums per layer and head since the start.
 
 One launch reads everything once, so that counting costs a step neither a dozen small kernels nor a
 wait for the device. All sums are of integers, which no order of addition changes.
@@ -14,61 +14,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vllm_toptheta.kernels.columns import COLUMNS, MASS_UNIT
 from vllm_toptheta.kernels.layout import V_TILE
 
-DENSE_NONE, DENSE_SHORT, DENSE_WINDOW, DENSE_LAYER, DENSE_ROW = range(5)
-"""Why a row of a layer runs dense: not at all, few keys, a window of few keys, the layer or the row
-is excluded. Of several reasons the highest counts."""
-
-MASS_UNIT = 1_000_000
-"""A share of 1 in the columns of kept mass."""
-
-COLUMNS = (
-    "rows",
-    "keys_scored",
-    "keys_kept",
-    "v_rows_scored",
-    "v_rows_read",
-    "keys_dense",
-    "keys_target",
-    "kept_mass",
-    "rows_lifted",
-    "dense_short",
-    "dense_window",
-    "dense_layer",
-    "dense_off",
-    "dense_prefill",
-    "prefill_rows",
-    "prefill_keys_scored",
-    "prefill_keys_kept",
-    "prefill_v_tiles",
-    "prefill_v_tiles_read",
-    "prefill_kept_mass",
-)
-"""What is counted, in the order it is written; `telemetry/counters.py` says what each means."""
-
-(
-    _ROWS,
-    _KEYS_SCORED,
-    _KEYS_KEPT,
-    _V_ROWS_SCORED,
-    _V_ROWS_READ,
-    _KEYS_DENSE,
-    _KEYS_TARGET,
-    _KEPT_MASS,
-    _ROWS_LIFTED,
-    _DENSE_SHORT,
-    _DENSE_WINDOW,
-    _DENSE_LAYER,
-    _DENSE_OFF,
-    _DENSE_PREFILL,
-    _PREFILL_ROWS,
-    _PREFILL_KEYS_SCORED,
-    _PREFILL_KEYS_KEPT,
-    _PREFILL_V_TILES,
-    _PREFILL_V_TILES_READ,
-    _PREFILL_KEPT_MASS,
-) = map(tl.constexpr, range(len(COLUMNS)))
+_ROWS = tl.constexpr(COLUMNS.index("rows"))
+_KEYS_SCORED = tl.constexpr(COLUMNS.index("keys_scored"))
+_KEYS_KEPT = tl.constexpr(COLUMNS.index("keys_kept"))
+_V_ROWS_SCORED = tl.constexpr(COLUMNS.index("v_rows_scored"))
+_V_ROWS_READ = tl.constexpr(COLUMNS.index("v_rows_read"))
+_KEYS_DENSE = tl.constexpr(COLUMNS.index("keys_dense"))
+_KEYS_TARGET = tl.constexpr(COLUMNS.index("keys_target"))
+_KEPT_MASS = tl.constexpr(COLUMNS.index("kept_mass"))
+_ROWS_LIFTED = tl.constexpr(COLUMNS.index("rows_lifted"))
+_DENSE_SHORT = tl.constexpr(COLUMNS.index("dense_short"))
+_DENSE_WINDOW = tl.constexpr(COLUMNS.index("dense_window"))
+_DENSE_LAYER = tl.constexpr(COLUMNS.index("dense_layer"))
+_DENSE_OFF = tl.constexpr(COLUMNS.index("dense_off"))
+_DENSE_PREFILL = tl.constexpr(COLUMNS.index("dense_prefill"))
+_PREFILL_ROWS = tl.constexpr(COLUMNS.index("prefill_rows"))
+_PREFILL_KEYS_SCORED = tl.constexpr(COLUMNS.index("prefill_keys_scored"))
+_PREFILL_KEYS_KEPT = tl.constexpr(COLUMNS.index("prefill_keys_kept"))
+_PREFILL_V_TILES = tl.constexpr(COLUMNS.index("prefill_v_tiles"))
+_PREFILL_V_TILES_READ = tl.constexpr(COLUMNS.index("prefill_v_tiles_read"))
+_PREFILL_KEPT_MASS = tl.constexpr(COLUMNS.index("prefill_kept_mass"))
 _V_TILE = tl.constexpr(V_TILE)
 _MASS_UNIT = tl.constexpr(MASS_UNIT)
 _TOKENS = tl.constexpr(32)
@@ -91,14 +59,14 @@ class CountedLayers:
 
 @dataclass(frozen=True)
 class CountedRows:
-    """Query tokens that our kernels attended: those of the single-token requests, which come first
-    in the batch, and perhaps those of the other requests.
+    """Query tokens that our kernels attended: those of the single-token requests, and perhaps those
+    of the other requests.
 
     Attributes:
-        is_prompt: [num_single] float32, single tokens that belong to a prompt where not 0.
-        target: [num_single] float32, integers: keys that the row is to keep, all heads together,
-            where k rules; else 0.
-        dense: [num_layers, num_tokens] int8, DENSE_* codes.
+        is_prompt: [num_tokens] float32, single tokens that belong to a prompt where not 0.
+        target: [num_tokens] float32, integers: keys that the single token is to keep, all heads
+            together, where k rules; else 0.
+        dense: [num_layers, num_tokens] int8, DENSE_* codes of `columns.py`.
         num_kept: [num_layers, num_tokens, num_kv_heads] int32.
         kept_mass: [num_layers, num_tokens, num_heads] float32, 1 on dense rows.
         lifts: [num_layers, num_tokens, num_kv_heads] int32; of single tokens only.
@@ -125,7 +93,7 @@ def _load_heads(ptr, row, is_token, NUM_HEADS: tl.constexpr, HEADS_PADDED: tl.co
 # What varies from step to step, or between layers, is not specialised: a new value would mean a
 # new binary while requests wait.
 @triton.jit(
-    do_not_specialize=["num_single", "num_tokens"],
+    do_not_specialize=["first_single", "end_single", "skipped", "num_tokens"],
     do_not_specialize_on_alignment=[
         "seq_lens_ptr",
         "query_start_loc_ptr",
@@ -151,7 +119,10 @@ def _count_kernel(
     lifts_ptr,
     v_tiles_read_ptr,
     out_ptr,
-    num_single,
+    heads_ptr,
+    first_single,
+    end_single,
+    skipped,
     num_tokens,
     out_request_stride,
     NUM_COLUMNS: tl.constexpr,
@@ -159,7 +130,6 @@ def _count_kernel(
     HEADS_PADDED: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     KV_HEADS_PADDED: tl.constexpr,
-    COUNTED_KV_HEADS: tl.constexpr,
     PRUNES_PROMPTS: tl.constexpr,
 ):
     request = tl.program_id(0)
@@ -171,12 +141,12 @@ def _count_kernel(
     tokens = tl.load(query_start_loc_ptr + request + 1) - first
     place = tl.load(layer_index_ptr + layer)
     out = out_ptr + request.to(tl.int64) * out_request_stride + place * NUM_COLUMNS
-    is_single = request < num_single
-    rows = tokens.to(tl.int64) * NUM_HEADS
+    is_single = (request >= first_single) & (request < end_single)
     if not is_single and not PRUNES_PROMPTS:  # another kernel's
-        tl.store(out + _DENSE_PREFILL, rows)
+        tl.store(out + _DENSE_PREFILL, tokens)
         return
 
+    first -= skipped
     window = tl.load(layer_window_ptr + layer)
     scored = tl.zeros([_TOKENS], tl.int64)
     dense = tl.zeros([_TOKENS], tl.int64)
@@ -201,50 +171,56 @@ def _count_kernel(
             read = _load_heads(v_tiles_read_ptr, row, is_token, NUM_KV_HEADS, KV_HEADS_PADDED)
             tiles_read += tl.sum(read.to(tl.int64), 1)
     visible = tl.sum(scored, 0)
-    keys_scored = visible * NUM_HEADS
-    v_rows_read = tl.sum(kept, 0)
-    keys_kept = v_rows_read * (NUM_HEADS // NUM_KV_HEADS)
+    on_lists = tl.sum(kept, 0)
     kept_mass = tl.sum(mass, 0)
-    dense_rows = tl.sum(dense, 0) * NUM_HEADS
 
     is_prompt = not is_single
     if is_single:
-        is_prompt = tl.load(is_prompt_ptr + request) != 0
+        is_prompt = tl.load(is_prompt_ptr + first) != 0
     if is_prompt:
-        tl.store(out + _DENSE_PREFILL, dense_rows)
+        tl.store(out + _DENSE_PREFILL, tl.sum(dense, 0))
         if PRUNES_PROMPTS:
-            tl.store(out + _PREFILL_ROWS, rows)
-            tl.store(out + _PREFILL_KEYS_SCORED, keys_scored)
-            tl.store(out + _PREFILL_KEYS_KEPT, keys_kept)
+            tl.store(out + _PREFILL_ROWS, tokens)
+            tl.store(out + _PREFILL_KEYS_SCORED, visible)
+            tl.store(out + _PREFILL_KEYS_KEPT, on_lists)
             # 0 of single tokens: the decode kernel reads rows instead.
-            tl.store(out + _PREFILL_V_TILES, tl.sum(tiles, 0) * COUNTED_KV_HEADS)
-            if COUNTED_KV_HEADS > 0:
-                tl.store(out + _PREFILL_V_TILES_READ, tl.sum(tiles_read, 0))
+            tl.store(out + _PREFILL_V_TILES, tl.sum(tiles, 0))
+            tl.store(out + _PREFILL_V_TILES_READ, tl.sum(tiles_read, 0))
             tl.store(out + _PREFILL_KEPT_MASS, kept_mass)
     else:
-        tl.store(out + _ROWS, rows)
-        tl.store(out + _KEYS_SCORED, keys_scored)
-        tl.store(out + _KEYS_KEPT, keys_kept)
-        tl.store(out + _V_ROWS_SCORED, visible * COUNTED_KV_HEADS)
-        if COUNTED_KV_HEADS > 0:
-            tl.store(out + _V_ROWS_READ, v_rows_read)
+        tl.store(out + _ROWS, tokens)
+        tl.store(out + _KEYS_SCORED, visible)
+        tl.store(out + _KEYS_KEPT, on_lists)
+        tl.store(out + _V_ROWS_SCORED, visible)
+        tl.store(out + _V_ROWS_READ, on_lists)
         tl.store(out + _KEPT_MASS, kept_mass)
         at = layer.to(tl.int64) * num_tokens + first
         reason = tl.load(dense_ptr + at)
         target = tl.zeros([], tl.int64)
         if reason != 0:
             # The codes and their columns follow each other.
-            tl.store(out + _DENSE_SHORT - 1 + reason, rows)
+            tl.store(out + _DENSE_SHORT - 1 + reason, tokens)
         else:
             head = tl.arange(0, KV_HEADS_PADDED)
             lifts = tl.load(lifts_ptr + at * NUM_KV_HEADS + head, mask=head < NUM_KV_HEADS, other=0)
-            lifted = tl.sum((lifts > 0).to(tl.int64), 0)
-            tl.store(out + _ROWS_LIFTED, lifted * (NUM_HEADS // NUM_KV_HEADS))
+            tl.store(out + _ROWS_LIFTED, tl.sum((lifts > 0).to(tl.int64), 0))
             if tl.load(layer_follows_k_ptr + layer) != 0:
-                target = tl.load(target_ptr + request).to(tl.int64)
-                target = tl.minimum(target, keys_scored)
+                target = tl.load(target_ptr + first).to(tl.int64)
+                target = tl.minimum(target, visible * NUM_HEADS)
         tl.store(out + _KEYS_TARGET, target)
-        tl.store(out + _KEYS_DENSE, tl.where(target == 0, keys_kept, 0))
+        tl.store(out + _KEYS_DENSE, tl.where(target == 0, on_lists, 0))
+
+        sums = heads_ptr + layer * (NUM_KV_HEADS + NUM_HEADS + 2)
+        head = tl.arange(0, KV_HEADS_PADDED)
+        own = tl.load(num_kept_ptr + at * NUM_KV_HEADS + head, mask=head < NUM_KV_HEADS, other=0)
+        tl.atomic_add(sums + head, own.to(tl.int64), mask=head < NUM_KV_HEADS, sem="relaxed")
+        sums += NUM_KV_HEADS
+        head = tl.arange(0, HEADS_PADDED)
+        share = tl.load(kept_mass_ptr + at * NUM_HEADS + head, mask=head < NUM_HEADS, other=0)
+        units = (share * _MASS_UNIT + 0.5).to(tl.int64)
+        tl.atomic_add(sums + head, units, mask=head < NUM_HEADS, sem="relaxed")
+        tl.atomic_add(sums + NUM_HEADS, visible, sem="relaxed")
+        tl.atomic_add(sums + NUM_HEADS + 1, tokens.to(tl.int64), sem="relaxed")
 
 
 def count_step(
@@ -253,10 +229,11 @@ def count_step(
     layers: CountedLayers,
     rows: CountedRows,
     *,
-    num_single: int,
+    single: slice,
+    skipped: int,
     prunes_prompts: bool,
-    counts_kv_heads: bool,
     out: Tensor,
+    heads: Tensor,
 ) -> None:
     """Count what every request of a step did in every layer.
 
@@ -265,24 +242,30 @@ def count_step(
         query_start_loc: [num_reqs + 1] int32, first query token of each request, from 0.
         layers: what is counted.
         rows: what the kernels wrote.
-        num_single: requests of one token; they come first in the batch.
+        single: requests of one token.
+        skipped: tokens of the batch before the first one in `rows`.
         prunes_prompts: whether our kernels attend prompts, with thresholds, so that `rows` has the
             tokens of all requests; otherwise prompt tokens are counted as dense.
-        counts_kv_heads: whether V rows and V tiles are counted; not where another tensor-parallel
-            rank counts those of the same kv heads.
-        out: [num_reqs, at least num_layers, len(COLUMNS)] int64, zero, written at `layers.index`.
+        out: [num_reqs, at least num_layers, len(COLUMNS)] int64, zero, written at `layers.index`,
+            in UNITS.
+        heads: [num_layers, num_kv_heads + num_heads + 2] int64, to which generated tokens are
+            added, dense ones included: keys kept by kv head, MASS_UNITs kept by head, keys seen,
+            and rows.
 
     Raises:
-        ValueError: the output has another shape.
+        ValueError: an output has another shape.
     """
     num_reqs, num_layers = seq_lens.shape[0], layers.index.shape[0]
     if out.shape[0] != num_reqs or out.shape[2] != len(COLUMNS) or not out.is_contiguous():
         raise ValueError(
             f"out must be contiguous [{num_reqs}, layers, {len(COLUMNS)}], got {list(out.shape)}"
         )
+    num_heads, num_kv_heads = rows.kept_mass.shape[2], rows.num_kept.shape[2]
+    shape = (num_layers, num_kv_heads + num_heads + 2)
+    if heads.shape != shape or not heads.is_contiguous():
+        raise ValueError(f"heads must be contiguous {list(shape)}, got {list(heads.shape)}")
     if num_reqs == 0:
         return
-    num_heads, num_kv_heads = rows.kept_mass.shape[2], rows.num_kept.shape[2]
     _count_kernel[(num_reqs, num_layers)](
         seq_lens,
         query_start_loc,
@@ -297,7 +280,10 @@ def count_step(
         rows.lifts,
         rows.v_tiles_read,
         out,
-        num_single,
+        heads,
+        single.start,
+        single.stop,
+        skipped,
         rows.dense.shape[1],
         out.stride(0),
         NUM_COLUMNS=len(COLUMNS),
@@ -305,7 +291,6 @@ def count_step(
         HEADS_PADDED=triton.next_power_of_2(num_heads),
         NUM_KV_HEADS=num_kv_heads,
         KV_HEADS_PADDED=triton.next_power_of_2(num_kv_heads),
-        COUNTED_KV_HEADS=num_kv_heads if counts_kv_heads else 0,
         PRUNES_PROMPTS=prunes_prompts,
         num_warps=4,
     )

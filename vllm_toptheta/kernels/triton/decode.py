@@ -2,7 +2,8 @@
 
 Five launches, fit for CUDA graphs: grids depend on the batch size and the number of splits alone,
 and everything that varies from step to step is read from device memory. `scan` reads K once and
-knows no threshold; what the others read depends on what it found.
+knows no threshold; what the others read depends on what it found. Where the device can, each of the
+others starts while the one before it ends (programmatic dependent launch), and waits for it there.
 """
 
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from vllm_toptheta.kernels.triton.floor import _floor_kernel
 from vllm_toptheta.kernels.triton.gather import _gather_kernel
 from vllm_toptheta.kernels.triton.merge import _merge_kernel
 from vllm_toptheta.kernels.triton.rows import LEVELS_PADDED, STATE
+from vllm_toptheta.kernels.triton.runs import CHUNK_RUNS, PLACE, RUN
 from vllm_toptheta.kernels.triton.scan import _scan_kernel
 from vllm_toptheta.kernels.triton.select import _select_kernel
 
@@ -39,12 +41,14 @@ class DecodeScratch:
     Attributes:
         group_max, group_sum: [num_rows, num_heads, max_groups] float32, greatest score of each
             compensation group as an exponent of 2, and its sum of exponentials.
+        run_steps: [num_rows, num_heads, runs] uint8, see `runs._count_steps`.
         state: [num_rows, num_heads, 3] float32, see `rows.STATE`.
-        best_tile: [num_rows, num_heads] int32, tile of the best key.
+        best_run: [num_rows, num_heads] int32, run of the best key.
         levels: [num_rows, num_kv_heads, 2] int32, fewest and most lifts.
         mass: [num_rows, num_heads, 16] int32, mass kept at each level.
-        tiles: int32 for each row and kv head, tiles that may hold kept keys.
-        starts: int32 for each row and kv head, entries of `tiles` before each long group.
+        runs, run_places: int32, CHUNK_RUNS for each kv head and split: the list of a
+            part of a row.
+        run_mass: float32, CHUNK_RUNS for each head and split: what is kept of them.
         acc, on_means: float32, [head_dim] for each head and split: kept V rows and means.
         mean_sum: float32, [head_dim] for each kv head and split.
         softmax: float32, maximum and sum for each head and split.
@@ -56,12 +60,14 @@ class DecodeScratch:
 
     group_max: Tensor
     group_sum: Tensor
+    run_steps: Tensor
     state: Tensor
-    best_tile: Tensor
+    best_run: Tensor
     levels: Tensor
     mass: Tensor
-    tiles: Tensor
-    starts: Tensor
+    runs: Tensor
+    run_places: Tensor
+    run_mass: Tensor
     acc: Tensor
     on_means: Tensor
     mean_sum: Tensor
@@ -82,7 +88,6 @@ class DecodeScratch:
         num_kv_heads: int,
         head_dim: int,
         block_size: int,
-        tile: int,
         device: torch.device | str,
     ) -> "DecodeScratch":
         """Room for batches of up to `num_rows` rows, `num_parts` (row, split) pairs and `max_len`
@@ -92,17 +97,19 @@ class DecodeScratch:
         def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(*sizes, dtype=dtype, device=device)
 
-        groups = empty(2, num_rows, num_heads, max_longs * LONG_GROUP // group_size_of(block_size))
-        int32 = torch.int32
+        max_keys, int32 = max_longs * LONG_GROUP, torch.int32
+        groups = empty(2, num_rows, num_heads, max_keys // group_size_of(block_size))
         return cls(
             group_max=groups[0],
             group_sum=groups[1],
+            run_steps=empty(num_rows, num_heads, max_keys // RUN.value, dtype=torch.uint8),
             state=empty(num_rows, num_heads, STATE.value),
-            best_tile=empty(num_rows, num_heads, dtype=int32),
+            best_run=empty(num_rows, num_heads, dtype=int32),
             levels=empty(num_rows, num_kv_heads, 2, dtype=int32),
             mass=empty(num_rows, num_heads, LEVELS_PADDED.value, dtype=int32),
-            tiles=empty(num_rows, num_kv_heads, max_longs * LONG_GROUP // tile, dtype=int32),
-            starts=empty(num_rows, num_kv_heads, max_longs + 1, dtype=int32),
+            runs=empty(num_parts, num_kv_heads, CHUNK_RUNS.value, dtype=int32),
+            run_places=empty(num_parts, num_kv_heads, CHUNK_RUNS.value, dtype=int32),
+            run_mass=empty(num_parts, num_heads, CHUNK_RUNS.value),
             acc=empty(num_parts, num_heads, head_dim),
             on_means=empty(num_parts, num_heads, head_dim),
             mean_sum=empty(num_parts, num_kv_heads, head_dim),
@@ -110,7 +117,7 @@ class DecodeScratch:
             kept=empty(num_parts, num_kv_heads, dtype=int32),
             num_rows=num_rows,
             num_parts=num_parts,
-            max_len=max_longs * LONG_GROUP,
+            max_len=max_keys,
         )
 
 
@@ -192,6 +199,7 @@ def decode_attention(
             f"config.tile must be whole groups of {group_size} keys and divide {LONG_GROUP}, got "
             f"{config.tile}"
         )
+    _check_places(key_cache)
     _check_room(scratch, num_seqs, num_splits)
     check_contiguous(
         (
@@ -224,8 +232,11 @@ def decode_attention(
         "TILE": config.tile,
         "SOFT_CAP": bool(soft_cap),
         "SCALED": k_scale is not None,
+        "CHAINED": config.chained,
         "num_warps": config.num_warps,
     }
+    # HIP knows no such option.
+    chained = {"launch_pdl": True} if config.chained else {}
     grid = (num_kv_heads, num_splits, num_seqs)
     _scan_kernel[grid](
         query,
@@ -236,6 +247,7 @@ def decode_attention(
         k_scale,
         scratch.group_max,
         scratch.group_sum,
+        scratch.run_steps,
         *scored,
         max_groups,
         *strides,
@@ -243,8 +255,8 @@ def decode_attention(
         num_stages=config.num_stages,
         **sizes,
     )
-    chosen = (scratch.state, scratch.best_tile, scratch.levels, scratch.mass)
-    listed = (scratch.tiles, scratch.starts)
+    chosen = (scratch.state, scratch.best_run, scratch.levels, scratch.mass)
+    listed = (scratch.runs, scratch.run_places, scratch.run_mass)
     _select_kernel[(num_kv_heads, num_seqs)](
         seq_lens,
         dense,
@@ -253,8 +265,8 @@ def decode_attention(
         sinks,
         scratch.group_max,
         scratch.group_sum,
+        scratch.run_steps,
         *chosen,
-        *listed,
         span,
         max_groups,
         log_min_prob.stride(0),
@@ -263,7 +275,9 @@ def decode_attention(
         GROUP_SIZE=group_size,
         TILE=config.tile,
         SINKS=sinks is not None,
+        CHAINED=config.chained,
         num_warps=4,
+        **chained,
     )
     _floor_kernel[grid](
         query,
@@ -272,13 +286,17 @@ def decode_attention(
         seq_lens,
         dense,
         k_scale,
+        scratch.group_max,
+        scratch.run_steps,
         *chosen,
         *listed,
         *scored,
-        scratch.starts.shape[2] - 1,
+        max_groups,
         *strides,
+        LIST_PADDED=triton.next_power_of_2(heads),
         num_stages=config.gather_stages,
         **sizes,
+        **chained,
     )
     parts = (scratch.acc, scratch.on_means, scratch.mean_sum, scratch.softmax, scratch.kept)
     _gather_kernel[grid](
@@ -294,6 +312,7 @@ def decode_attention(
         k_scale,
         scratch.group_max,
         scratch.group_sum,
+        scratch.run_steps,
         *chosen,
         *listed,
         *parts,
@@ -302,8 +321,11 @@ def decode_attention(
         *strides,
         *v_means.stride()[:3],
         MIN_TILES=config.min_tiles,
+        LIST_PADDED=triton.next_power_of_2(heads),
         num_stages=config.gather_stages,
         **sizes,
+        **({"maxnreg": config.gather_registers} if config.gather_registers else {}),
+        **chained,
     )
     _merge_kernel[(num_heads, num_seqs)](
         seq_lens,
@@ -333,8 +355,19 @@ def decode_attention(
         CHUNK=16 if head_dim <= 128 else 8,
         SINKS=sinks is not None,
         SCALED=v_scale is not None,
+        CHAINED=config.chained,
         num_warps=4,
+        **chained,
     )
+
+
+def _check_places(cache: Tensor) -> None:
+    block, _, slot, _ = cache.stride()
+    if block % PLACE.value or slot % PLACE.value or len(cache) * block >= PLACE.value << 31:
+        raise ValueError(
+            f"pages and slots of the cache must lie multiples of {PLACE.value} elements apart, "
+            f"within {PLACE.value << 31}, got {len(cache)} pages of {block} and slots of {slot}"
+        )
 
 
 def _check_room(scratch: DecodeScratch, num_seqs: int, num_splits: int) -> None:

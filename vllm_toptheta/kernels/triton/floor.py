@@ -11,13 +11,20 @@ from vllm_toptheta.kernels.triton.rows import (
     LEVELS_PADDED,
     LONG_GROUP,
     MASS_UNIT,
-    _always_kept,
-    _find_tile,
+    _chain,
     _load_query,
     _load_state,
     _long_range,
 )
-from vllm_toptheta.kernels.triton.tiles import LOG2E, _log2_scores
+from vllm_toptheta.kernels.triton.runs import (
+    CHUNK_KEYS,
+    CHUNK_RUNS,
+    RUN,
+    _always_kept,
+    _list_runs,
+    _load_runs,
+)
+from vllm_toptheta.kernels.triton.tiles import LOG2E, _fit_query, _log2_scores
 
 
 # What varies from step to step, or between layers, is not specialised: a new value would mean a
@@ -33,16 +40,19 @@ def _floor_kernel(
     seq_lens_ptr,
     dense_ptr,
     k_scale_ptr,
+    group_max_ptr,
+    run_steps_ptr,
     state_ptr,
-    best_tile_ptr,
+    best_run_ptr,
     levels_ptr,
     mass_ptr,
-    tiles_ptr,
-    starts_ptr,
+    list_ptr,
+    place_ptr,
+    run_mass_ptr,
     sm_scale,
     soft_cap,
     window,
-    max_longs,
+    max_groups,
     query_stride,
     block_table_stride,
     key_block_stride,
@@ -50,6 +60,7 @@ def _floor_kernel(
     key_slot_stride,
     HEADS: tl.constexpr,
     HEADS_PADDED: tl.constexpr,
+    LIST_PADDED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -57,9 +68,11 @@ def _floor_kernel(
     TILE: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     SCALED: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
-    """One split of a row for one kv head; tiles that keep nothing at the last level are not on the
+    """One split of a row for one kv head; runs that keep nothing at the last level are not on the
     list."""
+    _chain(CHAINED)
     kv_head = tl.program_id(0)
     seq = tl.program_id(2).to(tl.int64)
     seq_len = tl.load(seq_lens_ptr + seq)
@@ -81,43 +94,69 @@ def _floor_kernel(
     scale = sm_scale * LOG2E
     if SCALED:
         scale = scale * tl.load(k_scale_ptr)
+    query, scale = _fit_query(query, scale, key_ptr)
     key_ptr += kv_head.to(tl.int64) * key_head_stride
     block_table_ptr += seq * block_table_stride
     lse, cut = _load_state(state_ptr, rows, is_head)
-    best_tile = tl.load(best_tile_ptr + rows, mask=is_head, other=-1)
-    tiles_ptr += pair * (max_longs * (LONG_GROUP // TILE))
-    starts_ptr += pair * (max_longs + 1)
+    best_run = tl.load(best_run_ptr + rows, mask=is_head, other=-1)
+    part = pair * tl.num_programs(1) + tl.program_id(1)
+    list_ptr += part * CHUNK_RUNS
+    place_ptr += part * CHUNK_RUNS
+    run_mass_ptr += part * (HEADS * CHUNK_RUNS)
 
     column = tl.arange(0, LEVELS_PADDED)
     masses = tl.zeros([HEADS_PADDED, LEVELS_PADDED], tl.int32)
-    for index in range(tl.load(starts_ptr + long_begin), tl.load(starts_ptr + long_end)):
-        tile = tl.load(tiles_ptr + index)
-        position = tile * TILE + tl.arange(0, TILE)
-        visible = (position >= begin) & (position < seq_len)
-        block, offset = _find_tile(block_table_ptr, tile, visible, BLOCK_SIZE, TILE)
-        scores = _log2_scores(
-            query,
-            key_ptr,
-            block,
-            offset,
-            visible,
-            scale,
-            soft_cap,
+    for chunk in range(long_begin, long_end, CHUNK_KEYS // LONG_GROUP):
+        listed = _list_runs(
+            group_max_ptr,
+            run_steps_ptr,
+            state_ptr,
+            best_run_ptr,
+            block_table_ptr,
+            list_ptr,
+            place_ptr,
+            run_mass_ptr,
+            pair,
+            max_groups,
             key_block_stride,
             key_slot_stride,
-            HEAD_DIM,
-            DIM_PADDED,
-            SOFT_CAP,
+            chunk * (LONG_GROUP // RUN),
+            tl.minimum(chunk + CHUNK_KEYS // LONG_GROUP, long_end) * (LONG_GROUP // RUN),
+            begin,
+            seq_len,
+            last_level,
+            HEADS,
+            LIST_PADDED,
+            BLOCK_SIZE,
+            GROUP_SIZE,
         )
-        scores = tl.where(visible[None, :], scores, float("-inf"))
-        margin = tl.max(scores - cut[:, None], 0)
-        always = _always_kept(scores, tile, best_tile, begin, seq_len, GROUP_SIZE, TILE)
-        probs = tl.exp2(scores - lse[:, None])
-        for level in range(first_level, last_level):
-            kept = always | (margin >= -level)
-            mass = tl.sum(tl.where(kept[None, :], probs, 0.0), 1)
-            units = (mass * MASS_UNIT + 0.5).to(tl.int32)
-            masses += tl.where((column == level)[None, :], units[:, None], 0)
+        for tile in range(tl.cdiv(listed, TILE // RUN)):
+            is_listed, run, place, key = _load_runs(list_ptr, place_ptr, tile, listed, TILE)
+            position = run * RUN + key
+            visible = (position >= begin) & (position < seq_len)
+            scores = _log2_scores(
+                query,
+                key_ptr,
+                place,
+                key,
+                is_listed,
+                scale,
+                soft_cap,
+                1,
+                key_slot_stride,
+                HEAD_DIM,
+                DIM_PADDED,
+                SOFT_CAP,
+            )
+            scores = tl.where(visible[None, :], scores, float("-inf"))
+            margin = tl.max(scores - cut[:, None], 0)
+            always = _always_kept(scores, run, best_run, position, begin, seq_len, GROUP_SIZE)
+            probs = tl.exp2(scores - lse[:, None])
+            for level in range(first_level, last_level):
+                kept = always | (margin >= -level)
+                mass = tl.sum(tl.where(kept[None, :], probs, 0.0), 1)
+                units = (mass * MASS_UNIT + 0.5).to(tl.int32)
+                masses += tl.where((column == level)[None, :], units[:, None], 0)
     wanted = (column >= first_level) & (column < last_level)
     tl.atomic_add(
         mass_ptr + rows[:, None] * LEVELS_PADDED + column[None, :],

@@ -11,7 +11,7 @@ from vllm_toptheta.kernels.layout import NUM_WEIGHTS as _NUM_WEIGHTS
 from vllm_toptheta.kernels.triton.rows import (
     LEVELS_PADDED,
     LONG_GROUP,
-    _always_kept,
+    _chain,
     _chosen_level,
     _find_tile,
     _load_query,
@@ -19,10 +19,19 @@ from vllm_toptheta.kernels.triton.rows import (
     _long_range,
     _tile_range,
 )
+from vllm_toptheta.kernels.triton.runs import (
+    CHUNK_KEYS,
+    CHUNK_RUNS,
+    RUN,
+    _always_kept,
+    _list_runs,
+    _load_runs,
+)
 from vllm_toptheta.kernels.triton.tiles import (
     GROUPS_PADDED,
     LOG2E,
     _dot_means,
+    _fit_query,
     _load_rows,
     _log2_scores,
 )
@@ -31,10 +40,23 @@ NUM_WEIGHTS = tl.constexpr(_NUM_WEIGHTS)
 
 
 @triton.jit
+def _store_masses(run_mass_ptr, list_ptr, tile, listed, first_run, masses, is_head):
+    """Store what a tile's runs keep, masses [heads, runs], where `_sum_means` looks for it."""
+    RUNS: tl.constexpr = masses.shape[1]
+    entry = tile * RUNS + tl.arange(0, RUNS)
+    is_listed = entry < listed
+    run = tl.load(list_ptr + entry, mask=is_listed, other=0) - first_run
+    place = (tl.arange(0, masses.shape[0]) * CHUNK_RUNS)[:, None] + run[None, :]
+    tl.store(run_mass_ptr + place, masses, mask=is_head[:, None] & is_listed[None, :])
+
+
+@triton.jit
 def _sum_means(
-    query,
     group_max_ptr,
     group_sum_ptr,
+    run_mass_ptr,
+    acc,
+    total,
     rows,
     max_groups,
     lse,
@@ -55,19 +77,22 @@ def _sum_means(
     BLOCK_SIZE: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
 ):
-    """Stored means of a split's whole groups.
+    """Stored means of a chunk's whole groups.
 
     Args:
-        group_max_ptr, group_sum_ptr: of groups with kept keys, lse and the mass that is lost.
+        run_mass_ptr: of this program, [heads, CHUNK_RUNS]: what is kept of runs from `long_begin`
+            on.
+        acc, total: of the chunks before: the weighted sum [HEADS_PADDED, DIM_PADDED] of the means,
+            and their plain sum [DIM_PADDED].
         on_short, on_long: [heads], weights of a short group's mean and of a long one's.
 
     Returns:
-        Their weighted sum [heads, DIM_PADDED], and their plain sum [DIM_PADDED].
+        acc and total with those of this chunk.
     """
     PER_LONG: tl.constexpr = LONG_GROUP // GROUP_SIZE
+    RUNS: tl.constexpr = GROUP_SIZE // RUN
     column = tl.arange(0, GROUPS_PADDED)
-    acc = tl.zeros([HEADS_PADDED, DIM_PADDED], tl.float32)
-    total = tl.zeros([DIM_PADDED], tl.float32)
+    head = tl.arange(0, HEADS_PADDED)
     for first in range(long_begin * PER_LONG, long_end * PER_LONG, GROUPS_PADDED):
         group = first + column
         start = group * GROUP_SIZE
@@ -77,6 +102,9 @@ def _sum_means(
         top = tl.load(group_max_ptr + place, mask=mask, other=float("-inf"))
         mass = tl.load(group_sum_ptr + place, mask=mask, other=0.0)
         lost = mass * tl.exp2(top - lse[:, None])
+        place = (head * CHUNK_RUNS)[:, None] + ((group - long_begin * PER_LONG) * RUNS)[None, :]
+        for run in tl.static_range(RUNS):
+            lost -= tl.load(run_mass_ptr + place + run, mask=mask, other=0.0)
         weights = on_short[:, None] * lost
         for index in tl.static_range(GROUPS_PADDED // PER_LONG):
             within = whole & (column // PER_LONG == index)
@@ -94,7 +122,7 @@ def _sum_means(
             HEAD_DIM,
             DIM_PADDED,
         )
-        acc = _dot_means(weights, means, acc, query)
+        acc = _dot_means(weights, means, acc)
         total += tl.sum(means.to(tl.float32), 0)
     return acc, total
 
@@ -125,12 +153,14 @@ def _gather_kernel(
     k_scale_ptr,
     group_max_ptr,
     group_sum_ptr,
+    run_steps_ptr,
     state_ptr,
-    best_tile_ptr,
+    best_run_ptr,
     levels_ptr,
     mass_ptr,
-    tiles_ptr,
-    starts_ptr,
+    list_ptr,
+    place_ptr,
+    run_mass_ptr,
     acc_ptr,
     on_means_ptr,
     mean_sum_ptr,
@@ -150,6 +180,7 @@ def _gather_kernel(
     means_group_stride,
     HEADS: tl.constexpr,
     HEADS_PADDED: tl.constexpr,
+    LIST_PADDED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -158,12 +189,14 @@ def _gather_kernel(
     MIN_TILES: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     SCALED: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """One split of a row for one kv head.
 
     Value pointers share the key's strides: K and V are halves of the same rows. Probabilities are
     shares of all keys' mass; a sink's part comes in at the end.
     """
+    _chain(CHAINED)
     kv_head = tl.program_id(0)
     split = tl.program_id(1)
     seq = tl.program_id(2).to(tl.int64)
@@ -193,6 +226,7 @@ def _gather_kernel(
     scale = sm_scale * LOG2E
     if SCALED:
         scale = scale * tl.load(k_scale_ptr)
+    query, scale = _fit_query(query, scale, key_ptr)
     key_ptr += kv_head.to(tl.int64) * key_head_stride
     value_ptr += kv_head.to(tl.int64) * key_head_stride
     means_ptr += kv_head.to(tl.int64) * means_head_stride
@@ -243,7 +277,7 @@ def _gather_kernel(
         tl.store(softmax_ptr + parts * 2 + 1, total, mask=is_head)
     else:
         lse, cut = _load_state(state_ptr, rows, is_head)
-        best_tile = tl.load(best_tile_ptr + rows, mask=is_head, other=-1)
+        best_run = tl.load(best_run_ptr + rows, mask=is_head, other=-1)
         level = _chosen_level(
             levels_ptr + pair * 2,
             mass_ptr + pair * HEADS * LEVELS_PADDED,
@@ -251,97 +285,118 @@ def _gather_kernel(
             HEADS,
             HEADS_PADDED,
         )
-        max_longs = max_groups // (LONG_GROUP // GROUP_SIZE)
-        tiles_ptr += pair * (max_longs * (LONG_GROUP // TILE))
-        starts_ptr += pair * (max_longs + 1)
-        num_kept = 0
-        GROUPS: tl.constexpr = TILE // GROUP_SIZE
-        for index in range(tl.load(starts_ptr + long_begin), tl.load(starts_ptr + long_end)):
-            tile = tl.load(tiles_ptr + index)
-            position = tile * TILE + lane
-            visible = (position >= begin) & (position < seq_len)
-            block, offset = _find_tile(block_table_ptr, tile, visible, BLOCK_SIZE, TILE)
-            scores = _log2_scores(
-                query,
-                key_ptr,
-                block,
-                offset,
-                visible,
-                scale,
-                soft_cap,
-                key_block_stride,
-                key_slot_stride,
-                HEAD_DIM,
-                DIM_PADDED,
-                SOFT_CAP,
-            )
-            scores = tl.where(visible[None, :], scores, float("-inf"))
-            kept = tl.max(scores - cut[:, None], 0) >= -level
-            kept = kept | _always_kept(scores, tile, best_tile, begin, seq_len, GROUP_SIZE, TILE)
-            kept = kept & visible
-            num_kept += tl.sum(kept.to(tl.int32), 0)
-            probs = tl.where(kept[None, :], tl.exp2(scores - lse[:, None]), 0.0)
-            total += tl.sum(probs, 1)
-            for group in tl.static_range(GROUPS):
-                mass = probs
-                if GROUPS > 1:
-                    mass = tl.where((lane // GROUP_SIZE == group)[None, :], probs, 0.0)
-                place = rows * max_groups + tile * GROUPS + group
-                top = tl.load(group_max_ptr + place, mask=is_head, other=float("-inf"))
-                of_group = tl.load(group_sum_ptr + place, mask=is_head, other=0.0)
-                lost = of_group * tl.exp2(top - lse) - tl.sum(mass, 1)
-                tl.store(group_max_ptr + place, lse, mask=is_head)
-                tl.store(group_sum_ptr + place, lost, mask=is_head)
-            value = _load_rows(
-                value_ptr,
-                block,
-                offset,
-                kept,
-                key_block_stride,
-                key_slot_stride,
-                HEAD_DIM,
-                DIM_PADDED,
-            )
-            acc = tl.dot(probs.to(query.dtype), value.to(query.dtype), acc)
-        tl.store(acc_ptr + at_part, acc, mask=part_mask)
-        tl.store(softmax_ptr + parts * 2, tl.zeros_like(total), mask=is_head)
-        tl.store(softmax_ptr + parts * 2 + 1, total, mask=is_head)
-        tl.store(kept_ptr + pair * num_splits + split, num_kept)
-
-        # What other threads of this program stored about groups is read next.
-        tl.debug_barrier()
         weight = weights_ptr + (kv_head * HEADS + head) * NUM_WEIGHTS
         on_short = tl.load(weight + 2, mask=is_head, other=0.0)
         on_long = tl.load(weight + 3, mask=is_head, other=0.0)
         on_all = tl.load(weight + 4, mask=is_head, other=0.0)
         used = tl.max(tl.abs(on_short) + tl.abs(on_long) + tl.abs(on_all), 0) > 0.0
-        on_means, mean_sum = _sum_means(
-            query,
-            group_max_ptr,
-            group_sum_ptr,
-            rows,
-            max_groups,
-            lse,
-            is_head,
-            on_short,
-            on_long,
-            means_ptr,
-            block_table_ptr,
-            long_begin,
-            tl.where(used, long_end, long_begin),
-            begin,
-            seq_len,
-            means_block_stride,
-            means_group_stride,
-            HEADS_PADDED,
-            HEAD_DIM,
-            DIM_PADDED,
-            BLOCK_SIZE,
-            GROUP_SIZE,
-        )
-        tl.store(on_means_ptr + at_part, on_means, mask=part_mask)
-        tl.store(
-            mean_sum_ptr + (pair * num_splits + split) * HEAD_DIM + dim,
-            mean_sum,
-            mask=dim < HEAD_DIM,
-        )
+        part = pair * num_splits + split
+        list_ptr += part * CHUNK_RUNS
+        place_ptr += part * CHUNK_RUNS
+        run_mass_ptr += part * (HEADS * CHUNK_RUNS)
+        num_kept = 0
+        at_sum = part * HEAD_DIM + dim
+        is_dim = dim < HEAD_DIM
+        for chunk in range(long_begin, long_end, CHUNK_KEYS // LONG_GROUP):
+            chunk_end = tl.minimum(chunk + CHUNK_KEYS // LONG_GROUP, long_end)
+            first_run = chunk * (LONG_GROUP // RUN)
+            listed = _list_runs(
+                group_max_ptr,
+                run_steps_ptr,
+                state_ptr,
+                best_run_ptr,
+                block_table_ptr,
+                list_ptr,
+                place_ptr,
+                run_mass_ptr,
+                pair,
+                max_groups,
+                key_block_stride,
+                key_slot_stride,
+                first_run,
+                chunk_end * (LONG_GROUP // RUN),
+                begin,
+                seq_len,
+                level,
+                HEADS,
+                LIST_PADDED,
+                BLOCK_SIZE,
+                GROUP_SIZE,
+            )
+            for tile in range(tl.cdiv(listed, TILE // RUN)):
+                is_listed, run, place, key = _load_runs(list_ptr, place_ptr, tile, listed, TILE)
+                position = run * RUN + key
+                visible = (position >= begin) & (position < seq_len)
+                scores = _log2_scores(
+                    query,
+                    key_ptr,
+                    place,
+                    key,
+                    is_listed,
+                    scale,
+                    soft_cap,
+                    1,
+                    key_slot_stride,
+                    HEAD_DIM,
+                    DIM_PADDED,
+                    SOFT_CAP,
+                )
+                scores = tl.where(visible[None, :], scores, float("-inf"))
+                kept = tl.max(scores - cut[:, None], 0) >= -level
+                kept |= _always_kept(scores, run, best_run, position, begin, seq_len, GROUP_SIZE)
+                kept &= visible
+                num_kept += tl.sum(kept.to(tl.int32), 0)
+                probs = tl.where(kept[None, :], tl.exp2(scores - lse[:, None]), 0.0)
+                total += tl.sum(probs, 1)
+                RUNS: tl.constexpr = TILE // RUN
+                of_runs = tl.sum(tl.reshape(probs, [HEADS_PADDED, RUNS, RUN]), 2)
+                _store_masses(run_mass_ptr, list_ptr, tile, listed, first_run, of_runs, is_head)
+                value = _load_rows(
+                    value_ptr,
+                    place,
+                    key,
+                    kept,
+                    1,
+                    key_slot_stride,
+                    HEAD_DIM,
+                    DIM_PADDED,
+                )
+                acc = tl.dot(probs.to(query.dtype), value.to(query.dtype), acc)
+            # What other threads of this program stored about runs is read next.
+            tl.debug_barrier()
+            # Of the chunks before: in registers they would be in the way of the tiles.
+            later = is_dim & (dim * 0 + chunk > long_begin)
+            on_means = tl.load(on_means_ptr + at_part, mask=part_mask & later[None, :], other=0.0)
+            mean_sum = tl.load(mean_sum_ptr + at_sum, mask=later, other=0.0)
+            on_means, mean_sum = _sum_means(
+                group_max_ptr,
+                group_sum_ptr,
+                run_mass_ptr,
+                on_means,
+                mean_sum,
+                rows,
+                max_groups,
+                lse,
+                is_head,
+                on_short,
+                on_long,
+                means_ptr,
+                block_table_ptr,
+                chunk,
+                tl.where(used, chunk_end, chunk),
+                begin,
+                seq_len,
+                means_block_stride,
+                means_group_stride,
+                HEADS_PADDED,
+                HEAD_DIM,
+                DIM_PADDED,
+                BLOCK_SIZE,
+                GROUP_SIZE,
+            )
+            tl.store(on_means_ptr + at_part, on_means, mask=part_mask)
+            tl.store(mean_sum_ptr + at_sum, mean_sum, mask=is_dim)
+        tl.store(acc_ptr + at_part, acc, mask=part_mask)
+        tl.store(softmax_ptr + parts * 2, tl.zeros_like(total), mask=is_head)
+        tl.store(softmax_ptr + parts * 2 + 1, total, mask=is_head)
+        tl.store(kept_ptr + part, num_kept)

@@ -17,7 +17,7 @@ from vllm_toptheta.kernels.triton.prefill_tile import (
     _visible_scores,
 )
 from vllm_toptheta.kernels.triton.rows import _find_tile
-from vllm_toptheta.kernels.triton.tiles import LOG2E, _load_rows, _sum_groups
+from vllm_toptheta.kernels.triton.tiles import LOG2E, _fit_query, _load_rows, _sum_groups
 
 
 # What varies from step to step, or between layers, is not specialised: a new value would mean a
@@ -138,6 +138,7 @@ def _prefill_kernel(
     scale = sm_scale * LOG2E
     if SCALED:
         scale *= tl.load(k_scale_ptr)
+    query, scale = _fit_query(query, scale, key_ptr)
     key_ptr += kv_head.to(tl.int64) * key_head_stride
     value_ptr += kv_head.to(tl.int64) * key_head_stride
     means_ptr += kv_head.to(tl.int64) * means_head_stride
@@ -252,7 +253,6 @@ def _prefill_kernel(
                 acc = _add_means(
                     acc,
                     lost_mass,
-                    query,
                     means_ptr,
                     block_table_ptr,
                     index,

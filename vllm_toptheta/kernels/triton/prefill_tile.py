@@ -103,7 +103,6 @@ def _by_head(kept, TOKENS: tl.constexpr, HEADS_PADDED: tl.constexpr, TILE: tl.co
 def _add_means(
     acc,
     lost_mass,
-    query,
     means_ptr,
     block_table_ptr,
     tile,
@@ -135,4 +134,4 @@ def _add_means(
         HEAD_DIM,
         DIM_PADDED,
     )
-    return _dot_means(lost_mass, means, acc, query)
+    return _dot_means(lost_mass, means, acc)

@@ -29,6 +29,15 @@ and the keys' share of the denominator, which is 1 without a sink."""
 
 
 @triton.jit
+def _chain(CHAINED: tl.constexpr):
+    """First of all where launches are chained: wait until all that was launched before is done, its
+    stores included, and let the next launch get that far. So only its start overlaps."""
+    if CHAINED:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def _tile_range(seq_len, window, split, num_splits, TILE: tl.constexpr, MIN_TILES: tl.constexpr):
     """The first visible key, and the tiles of one split; both ends are equal where it has none."""
     begin = tl.maximum(seq_len - window, 0)
@@ -126,24 +135,3 @@ def _chosen_level(levels_ptr, mass_ptr, min_mass, HEADS: tl.constexpr, HEADS_PAD
         enough = enough & (level >= first) & (level < last)
         chosen = tl.min(tl.where(enough, level, last), 0)
     return chosen
-
-
-@triton.jit
-def _always_kept(
-    scores, tile, best_tile, begin, seq_len, GROUP_SIZE: tl.constexpr, TILE: tl.constexpr
-):
-    """Keys [TILE] that no threshold drops: those of groups that the row sees in part, whose mean is
-    not stored, and each head's best key.
-
-    Args:
-        scores: [heads, TILE], -inf where hidden.
-        best_tile: [heads], where the head's best key is; -1 for heads of padding.
-    """
-    lane = tl.arange(0, TILE)
-    start = (tile * TILE + lane) // GROUP_SIZE * GROUP_SIZE
-    kept = (start < begin) | (start + GROUP_SIZE > seq_len)
-    is_here = best_tile == tile
-    if tl.max(is_here.to(tl.int32), 0) > 0:
-        at_best = (lane[None, :] == tl.argmax(scores, 1)[:, None]) & is_here[:, None]
-        kept = kept | (tl.max(at_best.to(tl.int32), 0) > 0)
-    return kept

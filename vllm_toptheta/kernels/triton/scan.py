@@ -1,5 +1,6 @@
 """Step one of the decode kernels: every visible key is scored once, and of each compensation group
-a head's greatest score and sum of exponentials are noted. It knows no threshold."""
+a head's greatest score and sum of exponentials are noted, and how far below it the greatest score
+of each run of keys lies. It knows no threshold."""
 
 # Arguments of jit functions have no Python types.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
@@ -7,8 +8,9 @@ a head's greatest score and sum of exponentials are noted. It knows no threshold
 import triton
 import triton.language as tl
 
-from vllm_toptheta.kernels.triton.rows import _find_tile, _load_query, _tile_range
-from vllm_toptheta.kernels.triton.tiles import LOG2E, _log2_scores
+from vllm_toptheta.kernels.triton.rows import _chain, _find_tile, _load_query, _tile_range
+from vllm_toptheta.kernels.triton.runs import RUN, _count_steps
+from vllm_toptheta.kernels.triton.tiles import LOG2E, _fit_query, _log2_scores
 
 
 # What varies from step to step, or between layers, is not specialised: a new value would mean a
@@ -26,6 +28,7 @@ def _scan_kernel(
     k_scale_ptr,
     group_max_ptr,
     group_sum_ptr,
+    run_steps_ptr,
     sm_scale,
     soft_cap,
     window,
@@ -45,8 +48,10 @@ def _scan_kernel(
     MIN_TILES: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     SCALED: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """One split of a row for one kv head; dense rows need no scan."""
+    _chain(CHAINED)
     kv_head = tl.program_id(0)
     split = tl.program_id(1)
     seq = tl.program_id(2).to(tl.int64)
@@ -65,10 +70,13 @@ def _scan_kernel(
     scale = sm_scale * LOG2E
     if SCALED:
         scale = scale * tl.load(k_scale_ptr)
+    query, scale = _fit_query(query, scale, key_ptr)
     key_ptr += kv_head.to(tl.int64) * key_head_stride
     block_table_ptr += seq * block_table_stride
     rows = (seq * tl.num_programs(0) + kv_head) * HEADS + head
     GROUPS: tl.constexpr = TILE // GROUP_SIZE
+    RUNS: tl.constexpr = TILE // RUN
+    run = tl.arange(0, RUNS)
     for tile in range(tile_begin, tile_end):
         position = tile * TILE + lane
         visible = (position >= begin) & (position < seq_len)
@@ -88,14 +96,23 @@ def _scan_kernel(
             SOFT_CAP,
         )
         scores = tl.where(visible[None, :], scores, float("-inf"))
+        runs = tl.max(tl.reshape(scores, [HEADS_PADDED, RUNS, RUN]), 2)
         for index in tl.static_range(GROUPS):
             of_group = scores
+            of_runs = runs
             if GROUPS > 1:
                 of_group = tl.where((lane // GROUP_SIZE == index)[None, :], scores, float("-inf"))
-            top = tl.max(of_group, 1)
+                of_runs = of_group
+            top = tl.max(of_runs, 1)
             # A window may show nothing of the first groups.
             shift = tl.where(top == float("-inf"), 0.0, top)
             total = tl.sum(tl.exp2(of_group - shift[:, None]), 1)
             group = rows * max_groups + tile * GROUPS + index
             tl.store(group_max_ptr + group, top, mask=head < HEADS)
             tl.store(group_sum_ptr + group, total, mask=head < HEADS)
+            place = (rows * max_groups * (GROUP_SIZE // RUN) + tile * RUNS)[:, None] + run[None, :]
+            tl.store(
+                run_steps_ptr + place,
+                _count_steps(runs, shift[:, None]),
+                mask=(head < HEADS)[:, None] & (run * RUN // GROUP_SIZE == index)[None, :],
+            )

@@ -1,5 +1,5 @@
 """Step two of the decode kernels: a row's denominator, the scores from which its keys are kept, and
-the tiles that may hold such keys."""
+the runs of its heads' best keys."""
 
 # Arguments of jit functions have no Python types.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
@@ -7,11 +7,12 @@ the tiles that may hold such keys."""
 import triton
 import triton.language as tl
 
-from vllm_toptheta.kernels.triton.rows import LEVELS_PADDED, LONG_GROUP, MAX_LIFTS, STATE
+from vllm_toptheta.kernels.triton.rows import LEVELS_PADDED, MAX_LIFTS, STATE, _chain
+from vllm_toptheta.kernels.triton.runs import RUN
 from vllm_toptheta.kernels.triton.tiles import LOG2E
 
 _CHUNK = tl.constexpr(64)
-"""Tiles of one step over a row; a multiple of the tiles in a long group."""
+"""Tiles of one step over a row."""
 
 
 @triton.jit
@@ -112,12 +113,11 @@ def _select_kernel(
     sinks_ptr,
     group_max_ptr,
     group_sum_ptr,
+    run_steps_ptr,
     state_ptr,
-    best_tile_ptr,
+    best_run_ptr,
     levels_ptr,
     mass_ptr,
-    tiles_ptr,
-    starts_ptr,
     window,
     max_groups,
     log_min_prob_stride,
@@ -126,13 +126,10 @@ def _select_kernel(
     GROUP_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     SINKS: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
-    """One row and kv head.
-
-    Everything is summed in one order, so that equal rows get equal bits. The tiles are listed in
-    order, with the number of those before each long group, so that a split of the row finds its
-    part.
-    """
+    """One row and kv head. Everything is summed in one order, so that equal rows get equal bits."""
+    _chain(CHAINED)
     kv_head = tl.program_id(0)
     seq = tl.program_id(1).to(tl.int64)
     seq_len = tl.load(seq_lens_ptr + seq)
@@ -200,7 +197,14 @@ def _select_kernel(
     tl.store(state_ptr + rows * STATE, lse, mask=is_head)
     tl.store(state_ptr + rows * STATE + 1, cut, mask=is_head)
     tl.store(state_ptr + rows * STATE + 2, tl.exp2(lse - denominator), mask=is_head)
-    tl.store(best_tile_ptr + rows, best_tile, mask=is_head)
+    # Of two best keys the first: no other run is 0 steps below the greatest score of all.
+    run = best_tile[:, None] * (TILE // RUN) + tl.arange(0, TILE // RUN)[None, :]
+    group = (rows * max_groups)[:, None] + run * RUN // GROUP_SIZE
+    top = tl.load(group_max_ptr + group, mask=is_head[:, None], other=float("-inf"))
+    place = (rows * max_groups * (GROUP_SIZE // RUN))[:, None] + run
+    steps = tl.load(run_steps_ptr + place, mask=is_head[:, None], other=1)
+    is_best = (top == row_max[:, None]) & (steps == 0)
+    tl.store(best_run_ptr + rows, tl.min(tl.where(is_best, run, 2**30), 1), mask=is_head)
     lse = tl.where(is_head, lse, float("inf"))
     cut = tl.where(is_head, cut, float("inf"))
 
@@ -251,34 +255,3 @@ def _select_kernel(
             tl.zeros([HEADS_PADDED, LEVELS_PADDED], tl.int32),
             mask=is_head[:, None],
         )
-
-    PER_LONG: tl.constexpr = LONG_GROUP // TILE
-    end = tl.cdiv(last, PER_LONG) * PER_LONG
-    max_longs = max_groups // (LONG_GROUP // GROUP_SIZE)
-    tiles_ptr += pair * (max_longs * PER_LONG)
-    starts_ptr += pair * (max_longs + 1)
-    listed = 0
-    for chunk in range(first // _CHUNK, end // _CHUNK + 1):
-        tile = chunk * _CHUNK + tl.arange(0, _CHUNK)
-        is_best = (best_tile[:, None] == tile[None, :]) & is_head[:, None]
-        wanted = (tl.max(is_best.to(tl.int32), 0) > 0) | (tile == edge_first) | (tile == edge_last)
-        for index in tl.static_range(GROUPS):
-            top, _ = _load_groups(
-                group_max_ptr,
-                group_sum_ptr,
-                rows,
-                is_head,
-                tile,
-                first,
-                last,
-                max_groups,
-                index,
-                GROUPS,
-            )
-            wanted = wanted | (tl.max(top - cut[:, None], 0) >= -last_level)
-        wanted = wanted.to(tl.int32)
-        place = listed + tl.cumsum(wanted, 0) - wanted
-        tl.store(tiles_ptr + place, tile, mask=wanted > 0)
-        is_start = (tile % PER_LONG == 0) & (tile + PER_LONG > first) & (tile <= end)
-        tl.store(starts_ptr + tile // PER_LONG, place, mask=is_start)
-        listed += tl.sum(wanted, 0)

@@ -6,12 +6,11 @@
 
 #include "arena.h"
 #include "prefill_args.h"
-#include "prefill_tiles_avx512.h"
+#include "prefill_task.h"
 
 namespace topt {
 
 constexpr float kToLog2 = 1.4426950408889634f;
-constexpr int kVTile = 64;  // keys of a V tile: one word of kept bits
 // Tokens that together keep more than this part of a V tile multiply all of it.
 constexpr int kWholeSixteenths = 9, kWholeSixteenthsAvx512 = 5;
 
@@ -24,46 +23,9 @@ constexpr int kWholeSixteenths = 9, kWholeSixteenthsAvx512 = 5;
 template <class T>
 class PrefillTile {
  public:
-  // Keys of the two V tiles of a key tile, one bit each.
-  using Bits = uint64_t[2];
-
-  // What a row knows so far. Scores are in units of log2, masses in units of exp2(max).
-  struct Row {
-    float max, sum;  // of the real keys
-    float sink;      // mass of the sink
-    float kept;      // mass of the kept keys
-    float in_tile;   // mass of the key tile
-  };
-
-  struct Token {
-    float min_prob;
-    bool dense;
-    bool lacks;  // it does not keep all that it sees of this key tile
-    int32_t num_kept, v_tiles;
-    Bits seen, kept;  // in this key tile
-  };
-
-  struct Task {
-    int seq, kv_head;
-    int token;       // first token of the tile in the batch
-    int num_tokens;
-    int first_len;   // keys in the cache up to the first token, its own included
-    int num_rows;
-    const int32_t* table;  // the sequence's blocks
-    Token* tokens;
-    Row* rows;
-    float* q;         // blocks of [D][rows of the block]
-    float* acc;       // [rows][D], in the order of `pack_row`
-    float* p;         // [rows][kWeights] scores, then exponentials; then the lost mass of the key tile's groups
-    float* lanes;     // [kUnits][8] exponentials of a row, not yet summed
-    float* limits;    // [G] exponentials that a token's rows keep
-    float* keys;      // [kUnits][D][16]
-    float* values;    // [kWeights][v_stride] V rows that some token reads; then the means of the groups
-    Bits wanted;      // V rows that are being fetched
-    Bits packed;      // V rows that `values` holds
-    const T* v_units[kUnits];  // where the V rows of 16 keys start
-    int32_t listed[kWeights];  // rows of `values` that a token adds up
-  };
+  using Task = PrefillTask<T>;
+  using Row = PrefillRow;
+  using Token = PrefillToken;
 
   explicit PrefillTile(const ToptPrefillArgs& args)
       : a(args),
@@ -116,7 +78,7 @@ class PrefillTile {
   Span slots(const Task& t, int token, int position) const {
     return {std::max(begin_of(t, token) - position, 0), std::min(end_of(t, token) - position, kKeyTile)};
   }
-  static void set_bits(Bits& bits, int begin, int end) {
+  static void set_bits(KeyBits& bits, int begin, int end) {
     for (int w = 0; w < 2; w++) bits[w] |= bits_between(begin - kVTile * w, end - kVTile * w);
   }
 

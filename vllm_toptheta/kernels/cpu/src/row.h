@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "arena.h"
+#include "sketch.h"
 #include "tiles_amx.h"
 
 namespace topt {
@@ -185,6 +186,15 @@ struct Row {
     const size_t size = static_cast<size_t>(g.D) * g.B * sizeof(T);
     for (byte += (g.wide ? 3 : 1) * kChunkBytes; byte >= size; byte -= size) block++;
     return reinterpret_cast<const char*>(page(std::min(block, last))) + (values ? size : 0) + byte;
+  }
+
+  // The sketch in a page as far behind a block's.
+  SketchPage<T> sketch_ahead(int block, int last) const {
+    const int size = geometry.D * geometry.B, pages = ((geometry.wide ? 3 : 1) * kChunkBytes + size - 1) / size;
+    return sketch(std::min(block + pages, last));
+  }
+  SketchPage<T> sketch(int block) const {
+    return {page(block), geometry.D, geometry.B, geometry.groups_per_block};
   }
 
   float* p_of(int block, int head) const { return p + (static_cast<size_t>(block) * geometry.G + head) * geometry.B; }

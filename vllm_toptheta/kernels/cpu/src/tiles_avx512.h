@@ -224,7 +224,7 @@ TOPT_TILE TOPT_AVX512 void group_exponentials_avx512(float* __restrict s, int nu
       const __m512 m = _mm512_set1_ps(max[i + j]);
       __m512 total = _mm512_setzero_ps();
       TOPT_UNROLL for (int t = j * SIZE; t < (j + 1) * SIZE; t += 16) {
-        ahead.fetch(1);
+        ahead.fetch(2);
         const __m512 e = exp2_nonpositive_avx512(_mm512_sub_ps(_mm512_load_ps(s + t), m));
         _mm512_store_ps(s + t, e);
         total = _mm512_add_ps(total, e);

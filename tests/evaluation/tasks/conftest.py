@@ -1,0 +1,3 @@
+from evaluation.tasks.stub import stub
+
+__all__ = ["stub"]
