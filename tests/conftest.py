@@ -1,9 +1,11 @@
 """Shared fixtures: the real model, fetched once. Tests compute on one thread."""
 
+import difflib
 import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +24,19 @@ def smollm2() -> Path:
     from fetch_model import fetch
 
     return fetch()
+
+
+@pytest.fixture
+def short_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only short words are compared with names: the time grows with the square of their length,
+    and is not measured, because machines differ."""
+    compare = difflib.get_close_matches
+
+    def checked(word: str, *args: Any, **kwargs: Any) -> list[str]:
+        assert len(word) <= 60
+        return compare(word, *args, **kwargs)
+
+    monkeypatch.setattr(difflib, "get_close_matches", checked)
 
 
 @pytest.fixture(autouse=True)

@@ -1,16 +1,11 @@
-"""Whatever arrives, the documented errors are all that comes of it, and soon: 2,000 cases of
-tables, options, requests and bodies.
-
-Time is CPU time of the thread, so that a busy machine fails nothing.
-"""
+"""Whatever arrives, the documented errors are all that comes of it: 2,000 cases of tables, options,
+requests and bodies. One that takes forever ends at the suite's limit of a test."""
 
 import asyncio
 import json
 import struct
-import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +21,6 @@ from vllm_toptheta.requests import RequestOptions, RequestPolicy, Resolved, Targ
 from vllm_toptheta.threshold_store import ThresholdStore
 
 CASES = {"tables": 500, "options": 400, "requests": 300, "bodies": 800}
-MAX_SECONDS = 1.0
 MAX_WORDS = 2000  # characters of a message that a client gets
 
 
@@ -41,18 +35,10 @@ def cases(name: str) -> Any:
     )
 
 
-@contextmanager
-def soon() -> Iterator[None]:
-    start = time.thread_time()
-    yield
-    assert time.thread_time() - start < MAX_SECONDS
-
-
 def refusal_of(call: Callable[[], Any]) -> tuple[Any, str]:
     """What a call returns, or the message of its ValueError; any other error is a failure."""
     try:
-        with soon():
-            return call(), ""
+        return call(), ""
     except ValueError as error:
         return None, str(error)
 
@@ -188,9 +174,8 @@ def test_a_table_is_right_or_a_value_error_and_others_are_found(
 ) -> None:
     path = store.path_for(make_identity(), "broken")
     path.write_bytes(data)
-    with soon():
-        assert store.find("auto", make_identity()).path.exists()
-        store.check()
+    assert store.find("auto", make_identity()).path.exists()
+    store.check()
     found, problem = refusal_of(lambda: store.find(str(path), make_identity()))
     if found is None:
         assert str(path) in problem
@@ -320,6 +305,16 @@ def sendings(draw: Any) -> list[dict[str, Any]]:
     return sent
 
 
+def whole(messages: list[dict[str, Any]]) -> tuple[bytes, list[Any]]:
+    """What a server makes of a body: its bytes, and how it ends. In how many pieces it comes is
+    nobody's business."""
+    last = messages[-1]
+    return b"".join(m.get("body", b"") for m in messages), [
+        last["type"],
+        last.get("more_body", False),
+    ]
+
+
 @pytest.fixture
 def middleware(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The class, with a server that has the policy above; its telemetry is off."""
@@ -369,13 +364,13 @@ def test_a_body_is_refused_in_few_words_or_arrives_as_it_was_sent(
                 return
 
     scope = {"type": "http", "method": "POST", "path": path, "headers": []}
-    with soon():
-        asyncio.run(middleware(server)(scope, receive, send))
+    asyncio.run(middleware(server)(scope, receive, send))
     body = b"".join(message.get("body", b"") for message in sent)
     # Looked at as a whole, not in parts.
     problem = problem_of(path, body, POLICY) if path in PLACES else None
     if problem is None:
-        assert (arrived, answers) == (sent, [])
+        assert answers == []
+        assert whole(arrived) == whole(sent)
         return
     assert arrived == []
     assert answers[0]["status"] == 400

@@ -1,7 +1,6 @@
 """No data is executed, no path leaves its folder, and no client makes the server work for long."""
 
 import ast
-import time
 from pathlib import Path
 from typing import Any
 
@@ -123,11 +122,10 @@ def test_a_name_does_not_find_tables_outside_of_the_store(tmp_path: Path) -> Non
     ],
     ids=lambda xargs: f"{str(xargs)[:30]!a}",
 )
+@pytest.mark.usefixtures("short_guesses")
 def test_hostile_options_are_refused_at_once_and_in_few_words(xargs: dict[str, Any]) -> None:
-    started = time.process_time()
     with pytest.raises(ValueError, match="Options are toptheta_min_prob") as caught:
         RequestOptions.parse(xargs)
-    assert time.process_time() - started < 0.5
     assert len(str(caught.value)) < 1000
 
 
@@ -135,11 +133,10 @@ POLICY = RequestPolicy(Targets(Target(0.001), None), {"min_prob": (1e-6, 0.1)}, 
 
 
 @pytest.mark.parametrize("length", [100, 10_000_000])
+@pytest.mark.usefixtures("short_guesses")
 def test_a_name_of_any_length_is_refused_at_once(length: int) -> None:
-    started = time.process_time()
     with pytest.raises(ValueError, match="unknown option"):
         RequestOptions.parse({"toptheta_" + "k" * length: 1})
-    assert time.process_time() - started < 0.5
 
 
 def test_brackets_a_hundred_thousand_deep_are_left_to_vllm() -> None:
