@@ -216,7 +216,6 @@ def bench_launches(shape: Shape, min_prob: float, machine: Machine) -> list[dict
         for warps, stages, programs in itertools.product((4, 8), (3, 5), (2, 4)):
             changes = {"num_warps": warps, "num_stages": stages, "programs_per_unit": programs}
             configs.append(dataclasses.replace(base, **changes))
-        configs.insert(1, dataclasses.replace(base, chained=False))
     records = []
     for config in list(dict.fromkeys(configs))[: None if machine.is_gpu else 2]:
         record = about("launch", shape) | {"config": str(config)}

@@ -20,7 +20,6 @@ from vllm_toptheta.kernels.layout import (
     group_size_of,
 )
 from vllm_toptheta.kernels.triton.config import (
-    can_chain,
     choose_config,
     choose_num_splits,
     choose_prefill_config,
@@ -165,12 +164,7 @@ class Layer:
                 warp_size=64 if torch.version.hip else 32,
             )
             return
-        self.config = choose_config(
-            head_dim=head_dim,
-            cache_bytes=self.key.itemsize,
-            warp_size=64 if torch.version.hip else 32,
-            chained=can_chain(self.key.device),
-        )
+        self.config = choose_config(head_dim=head_dim, warp_size=64 if torch.version.hip else 32)
         # It serves all parts of a batch, as it serves all layers.
         self.scratch = DecodeScratch.allocate(
             num_rows=len(self.query),

@@ -41,7 +41,7 @@ from vllm_toptheta.config import TopThetaConfig
 from vllm_toptheta.hooks import model_runner
 from vllm_toptheta.hooks.attention_backend import NAME
 from vllm_toptheta.kernels.triton.checks import MAX_HEAD_DIM, MIN_HEAD_DIM, check_supported
-from vllm_toptheta.kernels.triton.config import can_chain, choose_config
+from vllm_toptheta.kernels.triton.config import choose_config
 
 logger = init_logger("vllm.toptheta.gpu")
 
@@ -195,9 +195,7 @@ class TopThetaGPUMetadataBuilder(TritonAttentionMetadataBuilder):
             block_size=self.block_size,
             launch=choose_config(
                 head_dim=shape.head_dim,
-                cache_bytes=1 if impls[0].is_fp8 else 2,
                 warp_size=64 if current_platform.is_rocm() else 32,
-                chained=can_chain(device),
             ),
             num_units=_num_units(device),
             device=device,

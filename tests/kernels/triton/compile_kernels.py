@@ -143,8 +143,6 @@ def compile_variant(place: tuple[str, int]) -> str:
         "shared_limit": SHARED_LIMITS[target_name],
         "threads": variant.options["num_warps"] * target.warp_size,
         "stages": variant.options["num_stages"],
-        "chained": bool(variant.options.get("launch_pdl")),
-        "waits": compiled.asm.get("ptx", "").count("griddepcontrol.wait"),
     }
     return json.dumps(record | memory(compiled.asm) | resources(compiled))
 

@@ -18,13 +18,7 @@ KERNELS = [
 def launches(shape: Shape, target: GPUTarget) -> list[Recorder]:
     """A decode step of two rows, and the update of the means."""
     num_heads = NUM_KV_HEADS * shape.heads
-    cache_bytes = 1 if shape.cache_dtype else 2
-    config = choose_config(
-        head_dim=shape.head_dim,
-        cache_bytes=cache_bytes,
-        warp_size=target.warp_size,
-        chained=target.backend == "cuda" and target.arch >= 90,
-    )
+    config = choose_config(head_dim=shape.head_dim, warp_size=target.warp_size)
     key, value, v_means = pages(shape)
     query = torch.empty(2, num_heads, shape.head_dim, dtype=shape.dtype)
     scale = torch.ones(1) if shape.cache_dtype else None

@@ -27,8 +27,8 @@ TARGETS = {"cuda:80", "cuda:90", "cuda:100", "hip:gfx942"}
 REGISTERS = {
     "_scan_kernel": (96, 96),
     "_select_kernel": (128, 96),
-    "_floor_kernel": (184, 136),
-    "_gather_kernel": (255, 272),
+    "_floor_kernel": (184, 144),
+    "_gather_kernel": (255, 328),
     "_merge_kernel": (96, 96),
     "_prefill_kernel": (255, 512),
     "_update_v_means_kernel": (64, 64),
@@ -40,12 +40,12 @@ shared memory as many. The prefill kernel runs one program of 256 threads a mult
 wave a SIMD."""
 
 
-STEPS = ("scan", "select", "floor", "gather", "merge")
-"""Of a decode row, in the order in which they are launched."""
+GATHER_SPILLS = {2: 64, 1: 288}
+"""Bytes that a gather spills, by bytes of an element of the cache: pointers and numbers that its
+loops do not change."""
 
-GATHER_SPILLS = 384
-"""Bytes that a gather spills. One of 128 registers is faster than one of 255 (LaunchConfig); nearly
-all of it are pointers and numbers that its loops do not change."""
+PAIRS = {"d64 h8 b16 float16/float16+window+sinks": 8}
+"""Loads of 2 bytes by a gather's shape: the steps of a group that has two runs."""
 
 SCAN_LOOPS = {("cuda:90", "d128 h4 b64 bfloat16/bfloat16"): 333}
 """Instructions of the scan's loop, which are those for 64 keys, 35 of them for the greatest scores
@@ -82,8 +82,9 @@ def test_registers_spills_and_shared_memory(binaries: list[dict[str, Any]]) -> N
     for record in binaries:
         budget = REGISTERS[record["kernel"]][record["target"].startswith("hip")]
         assert record["registers"] <= budget, record
+        spills = GATHER_SPILLS[1 if "float8" in record["shape"] else 2]
         is_gather = record["kernel"] == "_gather_kernel"
-        assert record["spills"] <= (GATHER_SPILLS if is_gather else 0), record
+        assert record["spills"] <= (spills if is_gather else 0), record
         assert record["shared"] <= record["shared_limit"], record
         assert record["threads"] <= 256, record
 
@@ -98,15 +99,6 @@ def test_the_loop_of_the_scan_is_short(binaries: list[dict[str, Any]]) -> None:
         assert 0 < loops[place] <= budget, (place, loops)
 
 
-def test_chained_launches_wait_for_the_one_before(binaries: list[dict[str, Any]]) -> None:
-    for record in binaries:
-        follows = record["kernel"] in {f"_{step}_kernel" for step in STEPS[1:]}
-        can = record["target"] in ("cuda:90", "cuda:100")
-        assert record["chained"] == (can and follows), record
-        is_step = record["kernel"] in {f"_{step}_kernel" for step in STEPS}
-        assert record["waits"] == (can and is_step), record
-
-
 def test_k_is_prefetched_and_loads_are_wide_and_predicated(
     binaries: list[dict[str, Any]],
 ) -> None:
@@ -118,7 +110,9 @@ def test_k_is_prefetched_and_loads_are_wide_and_predicated(
             assert record["float8_to_bfloat16"] == 0, record
             assert record["predicated_loads"] > 0, record
             assert record["wide_copies"] > 0, record
-            assert record["element_loads"] == 0, record
+            is_gather = record["kernel"] == "_gather_kernel"
+            pairs = PAIRS.get(record["shape"], 0) if is_gather else 0
+            assert record["element_loads"] == pairs, record
             assert "float8" in record["shape"] or record["narrow_copies"] == 0, record
             if record["kernel"] == "_scan_kernel":
                 assert record["k_tiles"] >= 2, record

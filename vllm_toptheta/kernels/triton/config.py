@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
-
 from vllm_toptheta.kernels.layout import V_TILE
 
 MAX_SPLITS = 256
@@ -19,49 +17,32 @@ class LaunchConfig:
         num_stages: depth of the software pipeline of the scan: with fewer than five, which follow
             the block table to K and on, no tile of K is on its way while another is used.
         gather_stages: depth of the software pipelines of the steps after it.
-        gather_registers: what a thread of the gather has at most on CUDA, which spills a few: with
-            128 four programs fit a multiprocessor in place of two, and wait less. None: no limit.
         programs_per_unit: programs wanted per multiprocessor when splits are chosen.
+        scans_per_split: parts of a split that are scanned at a time: programs of the scan are
+            smaller than those of the gather, so that more of them run at once.
         min_tiles: a split of the scan has at least this many tiles, so that short rows are not cut
             into crumbs.
-        chained: whether a launch may start while the one before it ends.
     """
 
     tile: int = 64
     num_warps: int = 4
     num_stages: int = 5
-    gather_stages: int = 3
-    gather_registers: int | None = None
-    programs_per_unit: int = 4
+    gather_stages: int = 2
+    programs_per_unit: int = 2
+    scans_per_split: int = 2
     min_tiles: int = 2
-    chained: bool = False
 
 
-def choose_config(
-    *, head_dim: int, cache_bytes: int = 2, warp_size: int = 32, chained: bool = False
-) -> LaunchConfig:
+def choose_config(*, head_dim: int, warp_size: int = 32) -> LaunchConfig:
     """The configuration of one shape.
 
     Args:
         head_dim: width of a K row.
-        cache_bytes: bytes of one cache element, 1 or 2.
         warp_size: threads of a warp, 64 on AMD.
-        chained: see `can_chain`.
     """
     # On AMD what is fetched ahead lies in registers.
-    stages = 3 if warp_size == 32 else 1
-    if head_dim > 128:
-        return LaunchConfig(num_warps=8, gather_stages=stages, chained=chained)
-    # On an H200 the gather of 16-bit rows is 1.3 to 1.8 times as fast, that of float8 is not.
-    is_capped = cache_bytes == 2 and warp_size == 32
-    registers = 128 if is_capped else None
-    return LaunchConfig(gather_stages=stages, gather_registers=registers, chained=chained)
-
-
-def can_chain(device: torch.device) -> bool:
-    """Whether launches can be chained there: on CUDA, from Hopper on."""
-    is_cuda = device.type == "cuda" and torch.version.hip is None
-    return is_cuda and torch.cuda.get_device_capability(device) >= (9, 0)
+    stages = 2 if warp_size == 32 else 1
+    return LaunchConfig(num_warps=8 if head_dim > 128 else 4, gather_stages=stages)
 
 
 @dataclass(frozen=True)

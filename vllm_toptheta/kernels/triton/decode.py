@@ -2,8 +2,7 @@
 
 Five launches, fit for CUDA graphs: grids depend on the batch size and the number of splits alone,
 and everything that varies from step to step is read from device memory. `scan` reads K once and
-knows no threshold; what the others read depends on what it found. Where the device can, each of the
-others starts while the one before it ends (programmatic dependent launch), and waits for it there.
+knows no threshold; what the others read depends on what it found.
 """
 
 from dataclasses import dataclass
@@ -232,13 +231,11 @@ def decode_attention(
         "TILE": config.tile,
         "SOFT_CAP": bool(soft_cap),
         "SCALED": k_scale is not None,
-        "CHAINED": config.chained,
         "num_warps": config.num_warps,
     }
-    # HIP knows no such option.
-    chained = {"launch_pdl": True} if config.chained else {}
     grid = (num_kv_heads, num_splits, num_seqs)
-    _scan_kernel[grid](
+    scans = min(num_splits * config.scans_per_split, MAX_SPLITS)
+    _scan_kernel[(num_kv_heads, scans, num_seqs)](
         query,
         key_cache,
         block_table,
@@ -275,9 +272,7 @@ def decode_attention(
         GROUP_SIZE=group_size,
         TILE=config.tile,
         SINKS=sinks is not None,
-        CHAINED=config.chained,
         num_warps=4,
-        **chained,
     )
     _floor_kernel[grid](
         query,
@@ -296,7 +291,6 @@ def decode_attention(
         LIST_PADDED=triton.next_power_of_2(heads),
         num_stages=config.gather_stages,
         **sizes,
-        **chained,
     )
     parts = (scratch.acc, scratch.on_means, scratch.mean_sum, scratch.softmax, scratch.kept)
     _gather_kernel[grid](
@@ -324,8 +318,6 @@ def decode_attention(
         LIST_PADDED=triton.next_power_of_2(heads),
         num_stages=config.gather_stages,
         **sizes,
-        **({"maxnreg": config.gather_registers} if config.gather_registers else {}),
-        **chained,
     )
     _merge_kernel[(num_heads, num_seqs)](
         seq_lens,
@@ -352,12 +344,10 @@ def decode_attention(
         GROUP_SIZE=group_size,
         TILE=config.tile,
         MIN_TILES=config.min_tiles,
-        CHUNK=16 if head_dim <= 128 else 8,
+        CHUNK=32 if head_dim <= 128 else 16,
         SINKS=sinks is not None,
         SCALED=v_scale is not None,
-        CHAINED=config.chained,
         num_warps=4,
-        **chained,
     )
 
 

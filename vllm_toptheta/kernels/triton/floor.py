@@ -11,7 +11,6 @@ from vllm_toptheta.kernels.triton.rows import (
     LEVELS_PADDED,
     LONG_GROUP,
     MASS_UNIT,
-    _chain,
     _load_query,
     _load_state,
     _long_range,
@@ -68,11 +67,9 @@ def _floor_kernel(
     TILE: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     SCALED: tl.constexpr,
-    CHAINED: tl.constexpr,
 ):
     """One split of a row for one kv head; runs that keep nothing at the last level are not on the
     list."""
-    _chain(CHAINED)
     kv_head = tl.program_id(0)
     seq = tl.program_id(2).to(tl.int64)
     seq_len = tl.load(seq_lens_ptr + seq)
@@ -120,8 +117,8 @@ def _floor_kernel(
             max_groups,
             key_block_stride,
             key_slot_stride,
-            chunk * (LONG_GROUP // RUN),
-            tl.minimum(chunk + CHUNK_KEYS // LONG_GROUP, long_end) * (LONG_GROUP // RUN),
+            chunk * (LONG_GROUP // GROUP_SIZE),
+            tl.minimum(chunk + CHUNK_KEYS // LONG_GROUP, long_end) * (LONG_GROUP // GROUP_SIZE),
             begin,
             seq_len,
             last_level,
@@ -131,7 +128,8 @@ def _floor_kernel(
             GROUP_SIZE,
         )
         for tile in range(tl.cdiv(listed, TILE // RUN)):
-            is_listed, run, place, key = _load_runs(list_ptr, place_ptr, tile, listed, TILE)
+            is_listed, run, place = _load_runs(list_ptr, place_ptr, tile, listed, TILE)
+            key = tl.arange(0, TILE) % RUN
             position = run * RUN + key
             visible = (position >= begin) & (position < seq_len)
             scores = _log2_scores(

@@ -11,7 +11,6 @@ from vllm_toptheta.kernels.layout import NUM_WEIGHTS as _NUM_WEIGHTS
 from vllm_toptheta.kernels.triton.rows import (
     LEVELS_PADDED,
     LONG_GROUP,
-    _chain,
     _chosen_level,
     _find_tile,
     _load_query,
@@ -28,7 +27,6 @@ from vllm_toptheta.kernels.triton.runs import (
     _load_runs,
 )
 from vllm_toptheta.kernels.triton.tiles import (
-    GROUPS_PADDED,
     LOG2E,
     _dot_means,
     _fit_query,
@@ -37,6 +35,10 @@ from vllm_toptheta.kernels.triton.tiles import (
 )
 
 NUM_WEIGHTS = tl.constexpr(_NUM_WEIGHTS)
+
+_MEANS_AT_ONCE = tl.constexpr(64)
+"""Of groups, whole long ones. With 16 their weights take four times as long, and nothing else takes
+less."""
 
 
 @triton.jit
@@ -54,15 +56,13 @@ def _store_masses(run_mass_ptr, list_ptr, tile, listed, first_run, masses, is_he
 def _sum_means(
     group_max_ptr,
     group_sum_ptr,
+    state_ptr,
     run_mass_ptr,
     acc,
     total,
-    rows,
+    pair,
     max_groups,
-    lse,
-    is_head,
-    on_short,
-    on_long,
+    weights_ptr,
     means_ptr,
     block_table_ptr,
     long_begin,
@@ -71,6 +71,8 @@ def _sum_means(
     seq_len,
     means_block_stride,
     means_group_stride,
+    HEADS: tl.constexpr,
+    LIST_PADDED: tl.constexpr,
     HEADS_PADDED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_PADDED: tl.constexpr,
@@ -83,47 +85,67 @@ def _sum_means(
         run_mass_ptr: of this program, [heads, CHUNK_RUNS]: what is kept of runs from `long_begin`
             on.
         acc, total: of the chunks before: the weighted sum [HEADS_PADDED, DIM_PADDED] of the means,
-            and their plain sum [DIM_PADDED].
-        on_short, on_long: [heads], weights of a short group's mean and of a long one's.
+            each head's HEADS_PADDED // LIST_PADDED times, and their plain sum [DIM_PADDED].
+        weights_ptr: [HEADS, NUM_WEIGHTS], of the kv head.
 
     Returns:
         acc and total with those of this chunk.
     """
     PER_LONG: tl.constexpr = LONG_GROUP // GROUP_SIZE
+    LONGS: tl.constexpr = _MEANS_AT_ONCE // PER_LONG
     RUNS: tl.constexpr = GROUP_SIZE // RUN
-    column = tl.arange(0, GROUPS_PADDED)
-    head = tl.arange(0, HEADS_PADDED)
-    for first in range(long_begin * PER_LONG, long_end * PER_LONG, GROUPS_PADDED):
-        group = first + column
-        start = group * GROUP_SIZE
-        whole = (group < long_end * PER_LONG) & (start >= begin) & (start + GROUP_SIZE <= seq_len)
-        mask = is_head[:, None] & whole[None, :]
-        place = (rows * max_groups)[:, None] + group[None, :]
-        top = tl.load(group_max_ptr + place, mask=mask, other=float("-inf"))
-        mass = tl.load(group_sum_ptr + place, mask=mask, other=0.0)
-        lost = mass * tl.exp2(top - lse[:, None])
-        place = (head * CHUNK_RUNS)[:, None] + ((group - long_begin * PER_LONG) * RUNS)[None, :]
-        for run in tl.static_range(RUNS):
-            lost -= tl.load(run_mass_ptr + place + run, mask=mask, other=0.0)
-        weights = on_short[:, None] * lost
-        for index in tl.static_range(GROUPS_PADDED // PER_LONG):
-            within = whole & (column // PER_LONG == index)
-            count = tl.maximum(tl.sum(within.to(tl.int32), 0), 1)
-            share = on_long * tl.sum(tl.where(within[None, :], lost, 0.0), 1) / count
-            weights += tl.where(within[None, :], share[:, None], 0.0)
-        block = tl.load(block_table_ptr + start // BLOCK_SIZE, mask=whole, other=0)
-        means = _load_rows(
-            means_ptr,
-            block,
-            start % BLOCK_SIZE // GROUP_SIZE,
-            whole,
-            means_block_stride,
-            means_group_stride,
-            HEAD_DIM,
-            DIM_PADDED,
-        )
-        acc = _dot_means(weights, means, acc)
-        total += tl.sum(means.to(tl.float32), 0)
+    COPIES: tl.constexpr = HEADS_PADDED // LIST_PADDED
+    head = tl.arange(0, LIST_PADDED)
+    is_head = head < HEADS
+    rows = pair * HEADS + head
+    lse, _ = _load_state(state_ptr, rows, is_head)
+    weight = weights_ptr + head * NUM_WEIGHTS
+    on_short = tl.load(weight + 2, mask=is_head, other=0.0)
+    on_long = tl.load(weight + 3, mask=is_head, other=0.0)
+    on_all = tl.load(weight + 4, mask=is_head, other=0.0)
+    needs_total = tl.max(tl.abs(on_all), 0) > 0.0
+    if (tl.max(tl.abs(on_short) + tl.abs(on_long), 0) > 0.0) | needs_total:
+        run = tl.arange(0, RUNS)
+        last = long_end * PER_LONG
+        group_max_ptr += pair * HEADS * max_groups
+        group_sum_ptr += pair * HEADS * max_groups
+        # Once or twice: a pipeline would be longer than what it shortens.
+        for first in tl.range(long_begin * PER_LONG, last, _MEANS_AT_ONCE, num_stages=1):
+            group = first + tl.arange(0, _MEANS_AT_ONCE)
+            start = group * GROUP_SIZE
+            whole = (group < last) & (start >= begin) & (start + GROUP_SIZE <= seq_len)
+            block = tl.load(block_table_ptr + start // BLOCK_SIZE, mask=whole, other=0)
+            means = _load_rows(
+                means_ptr,
+                block,
+                start % BLOCK_SIZE // GROUP_SIZE,
+                whole,
+                means_block_stride,
+                means_group_stride,
+                HEAD_DIM,
+                DIM_PADDED,
+            )
+            mask = is_head[:, None] & whole[None, :]
+            place = (head * max_groups)[:, None] + group[None, :]
+            top = tl.load(group_max_ptr + place, mask=mask, other=float("-inf"))
+            mass = tl.load(group_sum_ptr + place, mask=mask, other=0.0)
+            place = (head * CHUNK_RUNS)[:, None] + ((group - long_begin * PER_LONG) * RUNS)
+            of_runs = tl.load(
+                run_mass_ptr + place[:, :, None] + run[None, None, :],
+                mask=mask[:, :, None],
+                other=0.0,
+            )
+            lost = mass * tl.exp2(top - lse[:, None]) - tl.sum(of_runs, 2)
+            by_long = tl.reshape(lost, [LIST_PADDED, LONGS, PER_LONG])
+            counts = tl.sum(tl.reshape(whole.to(tl.int32), [LONGS, PER_LONG]), 1)
+            share = on_long[:, None] * tl.sum(by_long, 2) / tl.maximum(counts, 1)[None, :]
+            weights = on_short[:, None, None] * by_long + share[:, :, None]
+            weights = tl.reshape(weights, [LIST_PADDED, 1, _MEANS_AT_ONCE])
+            weights = tl.broadcast_to(weights, [LIST_PADDED, COPIES, _MEANS_AT_ONCE])
+            # Of groups that are not whole a mean was read as 0.
+            acc = _dot_means(tl.reshape(weights, [HEADS_PADDED, _MEANS_AT_ONCE]), means, acc)
+            if needs_total:
+                total += tl.sum(means.to(tl.float32), 0)
     return acc, total
 
 
@@ -189,14 +211,12 @@ def _gather_kernel(
     MIN_TILES: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     SCALED: tl.constexpr,
-    CHAINED: tl.constexpr,
 ):
     """One split of a row for one kv head.
 
     Value pointers share the key's strides: K and V are halves of the same rows. Probabilities are
     shares of all keys' mass; a sink's part comes in at the end.
     """
-    _chain(CHAINED)
     kv_head = tl.program_id(0)
     split = tl.program_id(1)
     seq = tl.program_id(2).to(tl.int64)
@@ -285,18 +305,14 @@ def _gather_kernel(
             HEADS,
             HEADS_PADDED,
         )
-        weight = weights_ptr + (kv_head * HEADS + head) * NUM_WEIGHTS
-        on_short = tl.load(weight + 2, mask=is_head, other=0.0)
-        on_long = tl.load(weight + 3, mask=is_head, other=0.0)
-        on_all = tl.load(weight + 4, mask=is_head, other=0.0)
-        used = tl.max(tl.abs(on_short) + tl.abs(on_long) + tl.abs(on_all), 0) > 0.0
         part = pair * num_splits + split
         list_ptr += part * CHUNK_RUNS
         place_ptr += part * CHUNK_RUNS
         run_mass_ptr += part * (HEADS * CHUNK_RUNS)
         num_kept = 0
-        at_sum = part * HEAD_DIM + dim
-        is_dim = dim < HEAD_DIM
+        on_means = tl.zeros([HEADS_PADDED, DIM_PADDED], tl.float32)
+        mean_sum = tl.zeros([DIM_PADDED], tl.float32)
+        PER_LONG: tl.constexpr = LONG_GROUP // GROUP_SIZE
         for chunk in range(long_begin, long_end, CHUNK_KEYS // LONG_GROUP):
             chunk_end = tl.minimum(chunk + CHUNK_KEYS // LONG_GROUP, long_end)
             first_run = chunk * (LONG_GROUP // RUN)
@@ -313,8 +329,8 @@ def _gather_kernel(
                 max_groups,
                 key_block_stride,
                 key_slot_stride,
-                first_run,
-                chunk_end * (LONG_GROUP // RUN),
+                chunk * PER_LONG,
+                chunk_end * PER_LONG,
                 begin,
                 seq_len,
                 level,
@@ -324,7 +340,8 @@ def _gather_kernel(
                 GROUP_SIZE,
             )
             for tile in range(tl.cdiv(listed, TILE // RUN)):
-                is_listed, run, place, key = _load_runs(list_ptr, place_ptr, tile, listed, TILE)
+                is_listed, run, place = _load_runs(list_ptr, place_ptr, tile, listed, TILE)
+                key = lane % RUN
                 position = run * RUN + key
                 visible = (position >= begin) & (position < seq_len)
                 scores = _log2_scores(
@@ -352,50 +369,47 @@ def _gather_kernel(
                 of_runs = tl.sum(tl.reshape(probs, [HEADS_PADDED, RUNS, RUN]), 2)
                 _store_masses(run_mass_ptr, list_ptr, tile, listed, first_run, of_runs, is_head)
                 value = _load_rows(
-                    value_ptr,
-                    place,
-                    key,
-                    kept,
-                    1,
-                    key_slot_stride,
-                    HEAD_DIM,
-                    DIM_PADDED,
+                    value_ptr, place, key, kept, 1, key_slot_stride, HEAD_DIM, DIM_PADDED
                 )
                 acc = tl.dot(probs.to(query.dtype), value.to(query.dtype), acc)
             # What other threads of this program stored about runs is read next.
             tl.debug_barrier()
-            # Of the chunks before: in registers they would be in the way of the tiles.
-            later = is_dim & (dim * 0 + chunk > long_begin)
-            on_means = tl.load(on_means_ptr + at_part, mask=part_mask & later[None, :], other=0.0)
-            mean_sum = tl.load(mean_sum_ptr + at_sum, mask=later, other=0.0)
             on_means, mean_sum = _sum_means(
                 group_max_ptr,
                 group_sum_ptr,
+                state_ptr,
                 run_mass_ptr,
                 on_means,
                 mean_sum,
-                rows,
+                pair,
                 max_groups,
-                lse,
-                is_head,
-                on_short,
-                on_long,
+                weights_ptr + kv_head * HEADS * NUM_WEIGHTS,
                 means_ptr,
                 block_table_ptr,
                 chunk,
-                tl.where(used, chunk_end, chunk),
+                chunk_end,
                 begin,
                 seq_len,
                 means_block_stride,
                 means_group_stride,
+                HEADS,
+                LIST_PADDED,
                 HEADS_PADDED,
                 HEAD_DIM,
                 DIM_PADDED,
                 BLOCK_SIZE,
                 GROUP_SIZE,
             )
-            tl.store(on_means_ptr + at_part, on_means, mask=part_mask)
-            tl.store(mean_sum_ptr + at_sum, mean_sum, mask=is_dim)
+        # Of a head's copies the first.
+        COPIES: tl.constexpr = HEADS_PADDED // LIST_PADDED
+        means_at = (pair * HEADS + head // COPIES) * num_splits + split
+        is_first = (head % COPIES == 0) & (head // COPIES < HEADS)
+        tl.store(
+            on_means_ptr + means_at[:, None] * HEAD_DIM + dim[None, :],
+            on_means,
+            mask=is_first[:, None] & (dim < HEAD_DIM)[None, :],
+        )
+        tl.store(mean_sum_ptr + part * HEAD_DIM + dim, mean_sum, mask=dim < HEAD_DIM)
         tl.store(acc_ptr + at_part, acc, mask=part_mask)
         tl.store(softmax_ptr + parts * 2, tl.zeros_like(total), mask=is_head)
         tl.store(softmax_ptr + parts * 2 + 1, total, mask=is_head)

@@ -11,7 +11,6 @@ from vllm_toptheta.kernels.triton.rows import (
     LEVELS_PADDED,
     LONG_GROUP,
     STATE,
-    _chain,
     _chosen_level,
     _num_active,
 )
@@ -68,10 +67,8 @@ def _merge_kernel(
     CHUNK: tl.constexpr,
     SINKS: tl.constexpr,
     SCALED: tl.constexpr,
-    CHAINED: tl.constexpr,
 ):
     """One query head of one sequence; the first head of a group also writes the group's counts."""
-    _chain(CHAINED)
     head = tl.program_id(0)
     seq = tl.program_id(1).to(tl.int64)
     num_heads = tl.num_programs(0)

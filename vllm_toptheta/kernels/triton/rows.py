@@ -29,15 +29,6 @@ and the keys' share of the denominator, which is 1 without a sink."""
 
 
 @triton.jit
-def _chain(CHAINED: tl.constexpr):
-    """First of all where launches are chained: wait until all that was launched before is done, its
-    stores included, and let the next launch get that far. So only its start overlaps."""
-    if CHAINED:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
 def _tile_range(seq_len, window, split, num_splits, TILE: tl.constexpr, MIN_TILES: tl.constexpr):
     """The first visible key, and the tiles of one split; both ends are equal where it has none."""
     begin = tl.maximum(seq_len - window, 0)

@@ -17,7 +17,7 @@ RUN = tl.constexpr(8)
 """Keys of a run, as many as an instruction of tensor cores has columns: the maximum over them needs
 no other warp."""
 
-CHUNK_KEYS = tl.constexpr(4096)
+CHUNK_KEYS = tl.constexpr(8192)
 """Keys whose runs are listed at a time, whole long groups: a list has room for all of their runs.
 """
 
@@ -30,7 +30,7 @@ sees that loads may be wide."""
 _STEPS = tl.constexpr(8)
 """Steps of an octave in which a run's greatest score lies below its group's."""
 
-_SCORES_AT_ONCE = tl.constexpr(1024)
+_RUNS_AT_ONCE = tl.constexpr(2048)
 """Of all heads: as many as are in flight without filling the registers."""
 
 
@@ -72,9 +72,9 @@ def _list_runs(
     BLOCK_SIZE: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
 ):
-    """List the runs from `first` up to `last`, at most CHUNK_RUNS, that may hold a key kept at this
-    level: those of groups that the row sees in part, those of the heads' best keys, and those whose
-    greatest score may be great enough.
+    """List the runs of the groups from `first` up to `last`, CHUNK_RUNS at most, that may hold a
+    key kept at this level: those of groups that the row sees in part, those of the heads' best
+    keys, and those whose greatest score may be great enough.
 
     Args:
         block_table_ptr: of the row.
@@ -88,40 +88,55 @@ def _list_runs(
         How many there are.
     """
     RUNS: tl.constexpr = GROUP_SIZE // RUN
+    AT_ONCE: tl.constexpr = min(_RUNS_AT_ONCE // LIST_PADDED, CHUNK_RUNS)
+    GROUPS: tl.constexpr = AT_ONCE // RUNS
     head = tl.arange(0, LIST_PADDED)
     is_head = head < HEADS
     rows = pair * HEADS + head
     _, cut = _load_state(state_ptr, rows, is_head)
-    best_run = tl.load(best_run_ptr + rows, mask=is_head, other=-1)
-    AT_ONCE: tl.constexpr = min(_SCORES_AT_ONCE // LIST_PADDED, CHUNK_RUNS)
+    best_group = tl.load(best_run_ptr + rows, mask=is_head, other=0) // RUNS
+    of_run = tl.arange(0, RUNS)
+    # Offsets of 32 bits from here on: their sums take half the instructions.
+    group_max_ptr += pair * HEADS * max_groups
+    run_steps_ptr += pair * HEADS * max_groups * RUNS
     listed = 0
     # Other threads may still be reading the last list.
     tl.debug_barrier()
-    for at in tl.range(first, last, AT_ONCE, num_stages=1):
-        run = at + tl.arange(0, AT_ONCE)
-        start = run * RUN
-        visible = (run < last) & (start + RUN > begin) & (start < seq_len)
-        block = tl.load(block_table_ptr + start // BLOCK_SIZE, mask=visible, other=0)
+    for at in tl.range(first, last, GROUPS, num_stages=1):
+        group = at + tl.arange(0, GROUPS)
+        start = group * GROUP_SIZE
+        visible = (group < last) & (start + GROUP_SIZE > begin) & (start < seq_len)
         mask = is_head[:, None] & visible[None, :]
-        group = (rows * max_groups)[:, None] + (run // RUNS)[None, :]
-        top = tl.load(group_max_ptr + group, mask=mask, other=float("-inf"))
-        at_run = (rows * max_groups * RUNS)[:, None] + run[None, :]
-        steps = tl.load(run_steps_ptr + at_run, mask=mask, other=0).to(tl.float32)
-        most = top - tl.maximum(steps - 1, 0.0) / _STEPS
-        wanted = (most - cut[:, None] >= -level) | (best_run[:, None] == run[None, :])
-        group_start = start // GROUP_SIZE * GROUP_SIZE
-        partial = (group_start < begin) | (group_start + GROUP_SIZE > seq_len)
-        is_listed = ((tl.max(wanted.to(tl.int32), 0) > 0) | partial) & visible
-        entry = listed + tl.cumsum(is_listed.to(tl.int32), 0) - 1
-        place = block.to(tl.int64) * key_block_stride + start % BLOCK_SIZE * key_slot_stride
-        tl.store(list_ptr + entry, run, mask=is_listed)
-        tl.store(place_ptr + entry, (place // PLACE).to(tl.int32), mask=is_listed)
-        tl.store(
-            mass_ptr + head[:, None] * CHUNK_RUNS + (run - first)[None, :],
-            tl.zeros([LIST_PADDED, AT_ONCE], tl.float32),
-            mask=is_head[:, None] & (run < last)[None, :],
+        place = (head * max_groups)[:, None] + group[None, :]
+        top = tl.load(group_max_ptr + place, mask=mask, other=float("-inf"))
+        steps = tl.load(
+            run_steps_ptr + place[:, :, None] * RUNS + of_run[None, None, :],
+            mask=mask[:, :, None],
+            other=255,
         )
-        listed += tl.sum(is_listed.to(tl.int32), 0)
+        # How many steps a listed run may have. Some more than there are is safe, for whatever
+        # subtracting rounds off; a run's own were rounded up by less than one.
+        room = tl.minimum((top - cut[:, None] + level) * _STEPS + 2.0**-4, 255.0)
+        most = tl.where(room >= 0, tl.floor(room) + 1, -1.0).to(tl.int32)
+        most = tl.where(best_group[:, None] == group[None, :], tl.maximum(most, 0), most)
+        partial = (start < begin) | (start + GROUP_SIZE > seq_len)
+        most = tl.where(mask, tl.where(partial[None, :], 255, most), -1)
+        wanted = tl.max((steps.to(tl.int32) <= most[:, :, None]).to(tl.int32), 0)
+        wanted = tl.reshape(wanted, [AT_ONCE])
+        entry = listed + tl.cumsum(wanted, 0) - 1
+        block = tl.load(block_table_ptr + start // BLOCK_SIZE, mask=visible, other=0)
+        key = block.to(tl.int64) * key_block_stride + start % BLOCK_SIZE * key_slot_stride
+        key = (key // PLACE).to(tl.int32)[:, None] + (of_run * (RUN * key_slot_stride // PLACE))
+        run = at * RUNS + tl.arange(0, AT_ONCE)
+        tl.store(list_ptr + entry, run, mask=wanted > 0)
+        tl.store(place_ptr + entry, tl.reshape(key, [AT_ONCE]), mask=wanted > 0)
+        mass = (head * CHUNK_RUNS)[:, None, None] + ((group - first) * RUNS)[None, :, None]
+        tl.store(
+            mass_ptr + mass + of_run[None, None, :],
+            tl.zeros([LIST_PADDED, GROUPS, RUNS], tl.float32),
+            mask=is_head[:, None, None] & (group < last)[None, :, None],
+        )
+        listed += tl.sum(wanted, 0)
     tl.debug_barrier()
     return listed
 
@@ -131,15 +146,15 @@ def _load_runs(list_ptr, place_ptr, tile, listed, TILE: tl.constexpr):
     """A tile of listed runs.
 
     Returns:
-        Of each lane, [TILE]: whether it has a run, its run or -2, where in the cache that starts,
-        and its key in it.
+        Of each lane, [TILE]: whether it has a run, its run or -2, and where in the cache that
+        starts.
     """
     lane = tl.arange(0, TILE)
     entry = tile * (TILE // RUN) + lane // RUN
     is_listed = entry < listed
     run = tl.load(list_ptr + entry, mask=is_listed, other=-2)
     place = tl.load(place_ptr + entry, mask=is_listed, other=0)
-    return is_listed, run, place.to(tl.int64) * PLACE, lane % RUN
+    return is_listed, run, place.to(tl.int64) * PLACE
 
 
 @triton.jit

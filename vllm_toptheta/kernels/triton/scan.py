@@ -8,7 +8,7 @@ of each run of keys lies. It knows no threshold."""
 import triton
 import triton.language as tl
 
-from vllm_toptheta.kernels.triton.rows import _chain, _find_tile, _load_query, _tile_range
+from vllm_toptheta.kernels.triton.rows import _find_tile, _load_query, _tile_range
 from vllm_toptheta.kernels.triton.runs import RUN, _count_steps
 from vllm_toptheta.kernels.triton.tiles import LOG2E, _fit_query, _log2_scores
 
@@ -48,10 +48,8 @@ def _scan_kernel(
     MIN_TILES: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     SCALED: tl.constexpr,
-    CHAINED: tl.constexpr,
 ):
     """One split of a row for one kv head; dense rows need no scan."""
-    _chain(CHAINED)
     kv_head = tl.program_id(0)
     split = tl.program_id(1)
     seq = tl.program_id(2).to(tl.int64)

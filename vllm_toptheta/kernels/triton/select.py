@@ -7,7 +7,7 @@ the runs of its heads' best keys."""
 import triton
 import triton.language as tl
 
-from vllm_toptheta.kernels.triton.rows import LEVELS_PADDED, MAX_LIFTS, STATE, _chain
+from vllm_toptheta.kernels.triton.rows import LEVELS_PADDED, MAX_LIFTS, STATE
 from vllm_toptheta.kernels.triton.runs import RUN
 from vllm_toptheta.kernels.triton.tiles import LOG2E
 
@@ -126,10 +126,8 @@ def _select_kernel(
     GROUP_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     SINKS: tl.constexpr,
-    CHAINED: tl.constexpr,
 ):
     """One row and kv head. Everything is summed in one order, so that equal rows get equal bits."""
-    _chain(CHAINED)
     kv_head = tl.program_id(0)
     seq = tl.program_id(1).to(tl.int64)
     seq_len = tl.load(seq_lens_ptr + seq)
