@@ -11,6 +11,7 @@ interpreter:
 
 import argparse
 import asyncio
+import itertools
 import json
 import pydoc_data.topics
 import statistics
@@ -76,6 +77,12 @@ class Round:
 def corpus() -> str:
     """The text that prompts are cut from."""
     return "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
+
+
+def part(ids: list[int], start: int, count: int) -> list[int]:
+    """Some tokens in a row; after the last one comes the first again."""
+    start %= len(ids)
+    return list(itertools.islice(itertools.cycle(ids), start, start + count))
 
 
 async def decode_round(
@@ -181,9 +188,7 @@ async def measure(
     clients = {name: client_of(server) for name, server in servers.items()}
     rows = []
     for kv_len in args.kv_lens:
-        prompts = [
-            ids[i * kv_len : (i + 1) * kv_len - args.tokens] for i in range(max(args.requests))
-        ]
+        prompts = [part(ids, i * kv_len, kv_len - args.tokens) for i in range(max(args.requests))]
         summaries: dict[str, Any] = {}
         for name, server in servers.items():
             server.resume()
@@ -255,7 +260,7 @@ def main() -> None:
     args = parser.parse_args()
     model = args.model or fetch()
     common = ["--dtype", args.dtype, "--max-model-len", str(max(args.kv_lens)), "--enforce-eager"]
-    common += ["--max-num-seqs", str(max(args.requests)), "--kv-cache-memory-bytes", str(3 << 30)]
+    common += ["--max-num-seqs", str(max(args.requests)), "--kv-cache-memory-bytes", str(5 << 30)]
     env = {"VLLM_CPU_OMP_THREADS_BIND": args.threads}
     with tempfile.TemporaryDirectory() as folder:
         servers: dict[str, Server] = {}

@@ -39,7 +39,8 @@ async def measure(
     clients = {side: serve.client_of(server) for side, server in servers.items()}
     rows = []
     for kv_len in args.kv_lens:
-        prompts = [ids[i * kv_len : (i + 1) * kv_len - args.tokens] for i in range(args.requests)]
+        count = kv_len - args.tokens
+        prompts = [serve.part(ids, i * kv_len, count) for i in range(args.requests)]
         speed: dict[str, list[float]] = {side: [] for side in SIDES}
         for number in range(args.rounds + 1):
             for side in SIDES if number % 2 else reversed(SIDES):
@@ -122,7 +123,7 @@ def account(args: argparse.Namespace, model: Path) -> list[dict[str, Any]]:
     for kv_len in args.kv_lens:
         params = SamplingParams(temperature=0, max_tokens=args.tokens, ignore_eos=True)
         for number in range(args.requests):
-            prompt = ids[number * kv_len : (number + 1) * kv_len - args.tokens]
+            prompt = serve.part(ids, number * kv_len, kv_len - args.tokens)
             engine.add_request(f"{kv_len}-{number}", {"prompt_token_ids": prompt}, params)
         steps: list[tuple[float, float]] = []
         while engine.has_unfinished_requests():

@@ -1,11 +1,14 @@
-"""A model with sliding windows in every other layer, soft caps and wide heads, and n-gram drafts:
-the engine answers as stock does, and layers whose window is not above min_kv_len run dense."""
+"""A model with sliding windows in every other layer, soft caps and wide heads, weights in 8 bits,
+and n-gram drafts: the engine answers as stock does, and layers whose window is not above min_kv_len
+run dense."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from e2e.conftest import KEEP_ALL, ONE_THREAD, generate, toptheta
+from safetensors.torch import load_file, save_file
 from tiny_families import SERVED, save_checkpoint
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
@@ -53,6 +56,44 @@ def test_windows_and_soft_caps_through_the_engine(gemma2: Path) -> None:
         )
         seen = sum(lengths) + sum(min(n, WINDOW) for n in lengths)
         assert summary["keys_scored"] == seen * HEADS * LAYERS // 2
+
+
+def quantise(model: Path) -> None:
+    """Weights of a saved Llama in 8 bits, activations by token, as llm-compressor writes them."""
+    tensors = load_file(model / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        scale = tensors[name].float().abs().amax(1, keepdim=True) / 127
+        tensors[name] = (tensors[name] / scale).round().to(torch.int8)
+        tensors[f"{name}_scale"] = scale
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    eight = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**eight, "strategy": "channel", "dynamic": False},
+        "input_activations": {**eight, "strategy": "token", "dynamic": True},
+    }
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+    }
+    (model / "config.json").write_text(json.dumps(config))
+
+
+def test_weights_in_8_bits_are_served_and_pruned(tmp_path: Path) -> None:
+    llama = save_checkpoint(SERVED["llama"], tmp_path / "llama")
+    quantise(llama)
+    all_keys = toptheta(min_prob=KEEP_ALL, min_mass=0.0, min_kv_len=32, k_sketch=False)
+    few_keys = toptheta(min_prob=0.01, min_kv_len=32)
+    stock, whole, pruned = generate(llama, PROMPTS, TOKENS, [{}, all_keys, few_keys], ONE_THREAD)
+    assert [answer["ids"] for answer in whole] == [answer["ids"] for answer in stock]
+    for answer in pruned:
+        summary = answer["summary"]["toptheta"]
+        assert summary["rows"] > 0
+        assert summary["v_rows_read"] < summary["v_rows_scored"]
 
 
 def test_drafts_by_ngram_change_no_token(tmp_path: Path) -> None:
