@@ -122,6 +122,8 @@ def _list_runs(
         partial = (start < begin) | (start + GROUP_SIZE > seq_len)
         most = tl.where(mask, tl.where(partial[None, :], 255, most), -1)
         wanted = tl.max((steps.to(tl.int32) <= most[:, :, None]).to(tl.int32), 0)
+        at_run = start[:, None] + of_run[None, :] * RUN
+        wanted = tl.where((at_run + RUN > begin) & (at_run < seq_len), wanted, 0)
         wanted = tl.reshape(wanted, [AT_ONCE])
         entry = listed + tl.cumsum(wanted, 0) - 1
         block = tl.load(block_table_ptr + start // BLOCK_SIZE, mask=visible, other=0)
