@@ -21,9 +21,9 @@ from vllm_toptheta.kernels.triton.runs import (
     RUN,
     _always_kept,
     _list_runs,
-    _load_runs,
+    _score_runs,
 )
-from vllm_toptheta.kernels.triton.tiles import LOG2E, _fit_query, _log2_scores
+from vllm_toptheta.kernels.triton.tiles import LOG2E, _fit_query
 
 
 # What varies from step to step, or between layers, is not specialised: a new value would mean a
@@ -128,25 +128,23 @@ def _floor_kernel(
             GROUP_SIZE,
         )
         for tile in range(tl.cdiv(listed, TILE // RUN)):
-            is_listed, run, place = _load_runs(list_ptr, place_ptr, tile, listed, TILE)
-            key = tl.arange(0, TILE) % RUN
-            position = run * RUN + key
-            visible = (position >= begin) & (position < seq_len)
-            scores = _log2_scores(
+            scores, run, _, _, position, _ = _score_runs(
                 query,
                 key_ptr,
-                place,
-                key,
-                is_listed,
+                list_ptr,
+                place_ptr,
+                tile,
+                listed,
+                begin,
+                seq_len,
                 scale,
                 soft_cap,
-                1,
                 key_slot_stride,
                 HEAD_DIM,
                 DIM_PADDED,
+                TILE,
                 SOFT_CAP,
             )
-            scores = tl.where(visible[None, :], scores, float("-inf"))
             margin = tl.max(scores - cut[:, None], 0)
             always = _always_kept(scores, run, best_run, position, begin, seq_len, GROUP_SIZE)
             probs = tl.exp2(scores - lse[:, None])

@@ -24,7 +24,7 @@ from vllm_toptheta.kernels.triton.runs import (
     RUN,
     _always_kept,
     _list_runs,
-    _load_runs,
+    _score_runs,
 )
 from vllm_toptheta.kernels.triton.tiles import (
     LOG2E,
@@ -340,25 +340,23 @@ def _gather_kernel(
                 GROUP_SIZE,
             )
             for tile in range(tl.cdiv(listed, TILE // RUN)):
-                is_listed, run, place = _load_runs(list_ptr, place_ptr, tile, listed, TILE)
-                key = lane % RUN
-                position = run * RUN + key
-                visible = (position >= begin) & (position < seq_len)
-                scores = _log2_scores(
+                scores, run, place, key, position, visible = _score_runs(
                     query,
                     key_ptr,
-                    place,
-                    key,
-                    is_listed,
+                    list_ptr,
+                    place_ptr,
+                    tile,
+                    listed,
+                    begin,
+                    seq_len,
                     scale,
                     soft_cap,
-                    1,
                     key_slot_stride,
                     HEAD_DIM,
                     DIM_PADDED,
+                    TILE,
                     SOFT_CAP,
                 )
-                scores = tl.where(visible[None, :], scores, float("-inf"))
                 kept = tl.max(scores - cut[:, None], 0) >= -level
                 kept |= _always_kept(scores, run, best_run, position, begin, seq_len, GROUP_SIZE)
                 kept &= visible

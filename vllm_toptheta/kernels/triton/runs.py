@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from vllm_toptheta.kernels.triton.rows import _load_state
+from vllm_toptheta.kernels.triton.tiles import _log2_scores
 
 RUN = tl.constexpr(8)
 """Keys of a run, as many as an instruction of tensor cores has columns: the maximum over them needs
@@ -144,19 +145,53 @@ def _list_runs(
 
 
 @triton.jit
-def _load_runs(list_ptr, place_ptr, tile, listed, TILE: tl.constexpr):
-    """A tile of listed runs.
+def _score_runs(
+    query,
+    key_ptr,
+    list_ptr,
+    place_ptr,
+    tile,
+    listed,
+    begin,
+    seq_len,
+    scale,
+    soft_cap,
+    key_slot_stride,
+    HEAD_DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    TILE: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+):
+    """Scores of a tile of listed runs.
 
     Returns:
-        Of each lane, [TILE]: whether it has a run, its run or -2, and where in the cache that
-        starts.
+        Scores [heads, TILE], -inf where hidden; and of each lane, [TILE]: its run or -2, where in
+        the cache that starts, its key in it, its position, and whether the row sees it.
     """
     lane = tl.arange(0, TILE)
     entry = tile * (TILE // RUN) + lane // RUN
     is_listed = entry < listed
     run = tl.load(list_ptr + entry, mask=is_listed, other=-2)
-    place = tl.load(place_ptr + entry, mask=is_listed, other=0)
-    return is_listed, run, place.to(tl.int64) * PLACE
+    place = tl.load(place_ptr + entry, mask=is_listed, other=0).to(tl.int64) * PLACE
+    key = lane % RUN
+    position = run * RUN + key
+    visible = (position >= begin) & (position < seq_len)
+    scores = _log2_scores(
+        query,
+        key_ptr,
+        place,
+        key,
+        is_listed,
+        scale,
+        soft_cap,
+        1,
+        key_slot_stride,
+        HEAD_DIM,
+        DIM_PADDED,
+        SOFT_CAP,
+    )
+    scores = tl.where(visible[None, :], scores, float("-inf"))
+    return scores, run, place, key, position, visible
 
 
 @triton.jit
