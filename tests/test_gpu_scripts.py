@@ -57,10 +57,17 @@ def test_pages_are_laid_out_as_the_backend_finds_them() -> None:
     """Means lie behind K and V of every page, which is padded."""
     pytest.importorskip("vllm")
     from benchmarks.gpu.lib import E4M3, served_pages
-    from vllm_toptheta.backend.sidecar import v_means_view
+    from vllm_toptheta.backend.sidecar import sketch_view, v_means_view
 
     for stored in (torch.bfloat16, E4M3):
-        cache, means = served_pages((3, 2, 32, 64), stored, torch.bfloat16, torch.device("cpu"))
+        sketch = stored == torch.bfloat16
+        cache, means, parts = served_pages(
+            (3, 2, 64, 64), stored, torch.bfloat16, torch.device("cpu"), sketch=sketch
+        )
+        if parts is not None:
+            for found, wanted in zip(parts, sketch_view(cache), strict=True):
+                assert (found.shape, found.stride()) == (wanted.shape, wanted.stride())
+                assert found.data_ptr() == wanted.data_ptr()
         view = v_means_view(cache, torch.bfloat16)
         assert (view.shape, view.stride()) == (means.shape, means.stride())
         assert view.data_ptr() == means.data_ptr()
@@ -138,6 +145,7 @@ def test_a_wrong_kernel_fails_every_check(
     check.check_results(machine, report, quick=False, jobs=1)
     assert [(r["check"], r["ok"]) for r in report.records] == [
         ("check_decode", False),
+        ("check_sketched", False),
         ("prompts", True),
         ("check_determinism", False),
     ]
@@ -298,8 +306,8 @@ def test_what_is_compared_on_a_gpu(machine: Any) -> None:
 
     gpu = dataclasses.replace(machine, device=torch.device("cuda"))
     every = check.planned(gpu, quick=False)
-    assert len(every) == 2 + len(cases.DECODE) + len(cases.PROMPTS)
-    assert len(check.planned(gpu, quick=True)) == 8
+    assert len(every) == 2 + len(cases.DECODE) + len(cases.SKETCHED) + len(cases.PROMPTS)
+    assert len(check.planned(gpu, quick=True)) == 11
     without = check.planned(dataclasses.replace(gpu, has_e4m3=False), quick=False)
     assert {spec.cache_dtype for _, spec in without} == {None}
 
@@ -338,8 +346,8 @@ def test_the_short_run_is_rehearsed(call: str, tmp_path: Path) -> None:
     checks = [record["check"] for record in found["records"]]
     expected = {
         "probe": ["bandwidth", "bandwidth", "decode", "speed"],
-        "results": ["decode", "prompts", "determinism"],
-        "decode": ["decode", "speed", "speed"],
+        "results": ["decode", "sketched", "prompts", "determinism"],
+        "decode": ["decode", "sketched", "speed", "speed"],
         "table": ["speed", "dense speed", "mixed speed", "prompt speed"] * 2 + ["launch"] * 2,
     }
     assert checks == expected[call]

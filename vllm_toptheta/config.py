@@ -72,7 +72,7 @@ class TopThetaConfig(BaseModel):
             generated tokens.
         min_kv_len: rows that see at most this many keys run dense.
         k_sketch: keep an 8-bit copy of K beside it, which generated tokens scan in K's place; takes
-            a quarter more KV memory. CPU only; "auto" does so where it is faster.
+            a quarter more KV memory. "auto" does so where it was measured to be faster: on CPUs.
         compensation: give the lost mass to the mean V of its neighbourhood, not to the kept keys.
         layers: overrides by layer index, for example
             {"0": {"min_prob": 0.0001}, "7": {"dense": true}}.

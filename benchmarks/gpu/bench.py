@@ -11,6 +11,7 @@ import torch
 from benchmarks.gpu.lib import E4M3, Batch, Machine, Shape
 from benchmarks.gpu.rivals import Rival, VllmTriton, sdpa_rivals
 from vllm_toptheta.kernels.layout import group_size_of
+from vllm_toptheta.kernels.sketch import GPU_GROUP
 
 OURS, OUR_DENSE = "toptheta", "toptheta dense"
 COLD_BYTES = 256 << 20
@@ -172,11 +173,16 @@ def kernel_times(launch: Callable[[], object]) -> dict[str, float]:
 def byte_bound(shape: Shape, kept: float) -> float:
     """How much faster than dense decode can be, by bytes read: 2 / (1 + 1/r + 1/B), with 1/r the V
     rows read and 1/B the means of V. Means of a float8 cache have 16 bits, and rows that run dense
-    read none.
+    read none. The sketch of K takes the place of the first 1.
     """
+    key_bytes, head_dim = shape.stored.itemsize, shape.head_dim
+    keys = 1.0
+    if shape.has_sketch:
+        of_group = (head_dim * key_bytes + 8) / GPU_GROUP
+        keys = (head_dim + 4 + of_group) / (head_dim * key_bytes)
     pruned = sum(length for length in shape.lens if length > shape.min_kv_len) / sum(shape.lens)
     means = shape.dtype.itemsize / shape.stored.itemsize / group_size_of(shape.block_size)
-    return 2 / (1 + kept + means * pruned)
+    return 2 / (keys + kept + means * pruned)
 
 
 def speed(shape: Shape, times: dict[str, Times], kept: float) -> dict[str, Any]:

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from benchmarks.gpu.lib import E4M3, Layer, Machine, error_of_budget, served_pages
 from benchmarks.gpu.rivals import flash_attention
+from vllm_toptheta.kernels.sketch import GPU_GROUP, Sketch, parts_of
 from vllm_toptheta.kernels.triton.means import update_v_means
-from vllm_toptheta.testing.cases import Case, Result, Spec, make_case
+from vllm_toptheta.kernels.triton.sketch import update_sketch
+from vllm_toptheta.testing.cases import Case, Result, Spec, make_case, with_sketches
 
 Record = dict[str, Any]
 
@@ -42,6 +44,11 @@ DECODE = [
     spec((1500, 900), min_prob=0.99, window=333, block_size=80, seed=8),
     spec((2500, 900), cache_dtype=E4M3, num_kv_heads=2, head_dim=256, num_heads=8, seed=9),
 ]
+SKETCHED = [
+    BASE,
+    spec((2500, 900), min_prob=0.05, min_mass=0.6, block_size=128, seed=1),
+    spec((1500, 333), num_heads=8, head_dim=64, sinks=True, window=777, seed=2),
+]
 PROMPTS = [
     spec((1200, 333, 1), query_lens=(70, 40, 1)),
     spec((900, 150), query_lens=(40, 40), cache_dtype=E4M3, seed=1),
@@ -61,13 +68,16 @@ TINY_PROMPT = dataclasses.replace(TINY, lens=(70, 33), query_lens=(12, 5))
 TINY_DETERMINISM = dataclasses.replace(TINY, lens=(70, 33))
 
 
-def layer_of(case: Case, machine: Machine) -> Layer:
-    """A case on a device, in pages as vLLM lays them out."""
+def layer_of(case: Case, machine: Machine, *, sketched: bool = False) -> Layer:
+    """A case on a device, in pages as vLLM lays them out, with a sketch of K or without."""
     spec, device = case.spec, machine.device
-    kv_cache, means = pages_of(case, machine)
+    kv_cache, means, sketch = pages_of(case, machine, sketch=sketched)
     kv_cache.copy_(case.gpu_pages())
     key, value = kv_cache.split(spec.head_dim, dim=-1)
-    update_v_means(value, means, case.slots().to(device))
+    slots = case.slots().to(device)
+    update_v_means(value, means, slots)
+    if sketch is not None:
+        update_sketch(key, sketch, slots)
     scales = [torch.tensor([s], device=device) if spec.cache_dtype else None for s in case.scales]
     return Layer(
         query=case.query.to(device),
@@ -92,13 +102,17 @@ def layer_of(case: Case, machine: Machine) -> Layer:
         is_prompt=spec.query_lens is not None,
         machine=machine,
         max_len=max(spec.lens),
+        sketch=sketch,
     )
 
 
-def pages_of(case: Case, machine: Machine) -> tuple[Tensor, Tensor]:
+def pages_of(
+    case: Case, machine: Machine, *, sketch: bool = False
+) -> tuple[Tensor, Tensor, Sketch | None]:
     spec = case.spec
     sizes = (case.num_blocks, spec.num_kv_heads, spec.block_size, spec.head_dim)
-    return served_pages(sizes, spec.cache_dtype or spec.dtype, spec.dtype, machine.device)
+    stored = spec.cache_dtype or spec.dtype
+    return served_pages(sizes, stored, spec.dtype, machine.device, sketch=sketch)
 
 
 def chunk_of(layer: Layer, spec: Spec, first: int, count: int) -> tuple[Layer, Tensor]:
@@ -126,7 +140,7 @@ def kept_sets(layer: Layer, case: Case, num_splits: int) -> Tensor:
     """
     spec, pieces = case.spec, []
     for start in range(0, max(spec.lens), spec.head_dim):
-        kv_cache, means = pages_of(case, layer.machine)
+        kv_cache, means, _ = pages_of(case, layer.machine)
         kv_cache.zero_()
         value = kv_cache[..., spec.head_dim :]
         for seq, length in enumerate(spec.lens):
@@ -162,14 +176,33 @@ def about(check: str, spec: Spec) -> Record:
 
 def check_decode(spec: Spec, machine: Machine) -> Record:
     """Outputs and counts against float64."""
-    case, worst, counts = make_case(spec), 0.0, True
-    layer, expected = layer_of(case, machine), case.expected()
+    case = make_case(spec)
+    return decoded("decode", layer_of(case, machine), case)
+
+
+def check_sketched(spec: Spec, machine: Machine) -> Record:
+    """The same where rows scan the sketch of K, of which a group in three has keys that 8 bits are
+    not enough for."""
+    case = make_case(spec)
+    for keys in case.keys:
+        for group in range(0, len(keys) // GPU_GROUP, 3):
+            keys[group * GPU_GROUP] *= 60
+    layer = layer_of(case, machine, sketched=True)
+    assert layer.sketch is not None
+    sketch = Sketch(*(part.cpu() for part in layer.sketch))
+    case = with_sketches(case, parts_of(sketch).flatten(2, 3), sketch.bounds)
+    layer.log_min_prob.copy_(case.log_min_prob)
+    return decoded("sketched", layer, case)
+
+
+def decoded(check: str, layer: Layer, case: Case) -> Record:
+    worst, counts, expected = 0.0, True, case.expected()
     for num_splits in (1, 7):
         result = layer.result()
         layer.attend(result, num_splits)
         error, same = compared(layer, result, expected)
         worst, counts = max(worst, error), counts and same
-    found = about("decode", spec) | {"error_of_budget": worst, "counts": counts}
+    found = about(check, case.spec) | {"error_of_budget": worst, "counts": counts}
     return found | {"ok": worst <= 1 and counts}
 
 

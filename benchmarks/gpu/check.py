@@ -36,6 +36,7 @@ def planned(machine: Machine, *, quick: bool) -> list[tuple[Check, Spec]]:
     if not machine.is_gpu:
         return [
             (cases.check_decode, cases.TINY),
+            (cases.check_sketched, cases.TINY),
             (cases.check_prompts, cases.TINY_PROMPT),
             (cases.check_determinism, cases.TINY_DETERMINISM),
         ]
@@ -45,6 +46,7 @@ def planned(machine: Machine, *, quick: bool) -> list[tuple[Check, Spec]]:
         (cases.check_graph, cases.GRAPH),
     ]
     wanted += [(cases.check_decode, spec) for spec in cases.DECODE[:most]]
+    wanted += [(cases.check_sketched, spec) for spec in cases.SKETCHED[:most]]
     wanted += [(cases.check_prompts, spec) for spec in cases.PROMPTS[:most]]
     if flash_attention() is not None:
         wanted += [(cases.check_flash, spec) for spec in cases.FLASH]

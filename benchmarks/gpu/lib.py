@@ -19,6 +19,14 @@ from vllm_toptheta.kernels.layout import (
     V_TILE,
     group_size_of,
 )
+from vllm_toptheta.kernels.sketch import (
+    GPU_GROUP,
+    Sketch,
+    gpu_bytes,
+    gpu_views,
+    parts_of,
+    sketched_scores,
+)
 from vllm_toptheta.kernels.triton.config import (
     choose_config,
     choose_num_splits,
@@ -27,6 +35,7 @@ from vllm_toptheta.kernels.triton.config import (
 from vllm_toptheta.kernels.triton.decode import DecodeScratch, decode_attention
 from vllm_toptheta.kernels.triton.means import update_v_means
 from vllm_toptheta.kernels.triton.prefill import prefill_attention
+from vllm_toptheta.kernels.triton.sketch import update_sketch
 from vllm_toptheta.testing.cases import Result
 
 E4M3 = torch.float8_e4m3fn
@@ -84,10 +93,15 @@ class Machine:
 
 
 def served_pages(
-    sizes: tuple[int, int, int, int], stored: torch.dtype, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """A cache as vLLM holds it: every page is padded, with K and V of its tokens in front and their
-    means behind these. All of it is NaN.
+    sizes: tuple[int, int, int, int],
+    stored: torch.dtype,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    sketch: bool = False,
+) -> tuple[Tensor, Tensor, Sketch | None]:
+    """A cache as vLLM holds it: every page is padded, with K and V of its tokens in front, their
+    means behind these, and where asked the sketch of K behind the means. All of it is NaN.
 
     Args:
         sizes: num_blocks, num_kv_heads, block_size, head_dim.
@@ -96,11 +110,12 @@ def served_pages(
 
     Returns:
         K and V, [num_blocks, num_kv_heads, block_size, 2 * head_dim], slots before heads in memory,
-        and [num_blocks, num_kv_heads, block_size // group_size, head_dim].
+        [num_blocks, num_kv_heads, block_size // group_size, head_dim], and the sketch's views.
     """
     blocks, heads, size, dim = sizes
     groups, kv_bytes = size // group_size_of(size), heads * size * 2 * dim * stored.itemsize
-    page = (kv_bytes + heads * groups * dim * dtype.itemsize) // 128 * 128 + 256
+    used = kv_bytes + heads * groups * dim * dtype.itemsize
+    page = (used + (gpu_bytes(*sizes[1:]) if sketch else 0)) // 128 * 128 + 256
     flat = torch.full((blocks * page,), 255, dtype=torch.uint8, device=device)
     kv_cache = flat.view(stored).as_strided(
         (blocks, heads, size, 2 * dim), (page // stored.itemsize, 2 * dim, heads * 2 * dim, 1)
@@ -110,7 +125,8 @@ def served_pages(
         (page // dtype.itemsize, groups * dim, dim, 1),
         kv_bytes // dtype.itemsize,
     )
-    return kv_cache, means
+    views = gpu_views(flat.view(blocks, page), used, *sizes[1:], dtype) if sketch else None
+    return kv_cache, means, views
 
 
 def error_of_budget(out: Tensor, expected: Tensor) -> float:
@@ -152,6 +168,7 @@ class Layer:
     max_len: int
     config: Any = None
     scratch: DecodeScratch | None = None
+    sketch: Sketch | None = None
 
     def __post_init__(self) -> None:
         num_kv_heads, block_size, head_dim = self.key.shape[1:]
@@ -175,6 +192,7 @@ class Layer:
             head_dim=head_dim,
             block_size=block_size,
             device=self.query.device,
+            sketch=self.sketch is not None,
         )
 
     def part(self, first: int, count: int) -> "Layer":
@@ -232,6 +250,7 @@ class Layer:
             weights=self.weights,
             lifts=result.lifts,
             scratch=self.scratch,
+            sketch=self.sketch,
             num_splits=num_splits
             or choose_num_splits(num_seqs, self.key.shape[1], units, self.config.programs_per_unit),
             **common,
@@ -249,6 +268,7 @@ class Shape:
         is_prompt: all tokens are queries, not the last ones alone.
         is_clustered: keys come in runs of CLUSTER that share CLUSTERED of their variance, so that
             kept keys lie together as a model's do; each by itself is as random as otherwise.
+        has_sketch: rows scan the sketch of K.
     """
 
     lens: tuple[int, ...]
@@ -261,6 +281,7 @@ class Shape:
     min_kv_len: int = 1024  # serving's default
     is_prompt: bool = False
     is_clustered: bool = False
+    has_sketch: bool = False
 
     @property
     def num_heads(self) -> int:
@@ -287,7 +308,8 @@ class Shape:
     def rows(self) -> str:
         """How many rows of which lengths."""
         rows = " + ".join(f"{self.lens.count(n)} x {n}" for n in dict.fromkeys(self.lens))
-        return rows + (" clustered" if self.is_clustered else "")
+        rows += " clustered" if self.is_clustered else ""
+        return rows + (" sketched" if self.has_sketch else "")
 
     @property
     def cache_name(self) -> str:
@@ -311,8 +333,9 @@ class Batch:
         order = (torch.randperm(num_blocks - 1, generator=generator, device=device) + 1).int()
         for row, own in enumerate(order.split(blocks)):
             block_table[row, : len(own)] = own
-        kv_cache, means = served_pages(
-            (num_blocks, kv_heads, size, dim), shape.stored, shape.dtype, device
+        sizes = (num_blocks, kv_heads, size, dim)
+        kv_cache, means, sketch = served_pages(
+            sizes, shape.stored, shape.dtype, device, sketch=shape.has_sketch
         )
         # float32 noise in small pieces.
         for part in kv_cache.split(max(1, (64 << 20) // kv_cache[0].numel())):
@@ -327,6 +350,8 @@ class Batch:
         key, value = kv_cache.split(dim, dim=-1)
         slots = torch.arange(num_blocks * size, dtype=torch.int64, device=device)
         update_v_means(value, means, slots)
+        if sketch is not None:
+            update_sketch(key, sketch, slots)
         queries = shape.lens if shape.is_prompt else (1,) * len(blocks)
         spans = [torch.arange(n - q, n) + 1 for n, q in zip(shape.lens, queries, strict=True)]
         self.row_lens = torch.cat(spans).to(device)
@@ -353,6 +378,7 @@ class Batch:
             is_prompt=shape.is_prompt,
             machine=machine,
             max_len=max(shape.lens),
+            sketch=sketch,
         )
         self._finish()
 
@@ -398,12 +424,24 @@ class Batch:
     def expected(self, seq: int, rows: Tensor, *, dense: bool) -> tuple[Tensor, Tensor]:
         """Output, float64, and num_kept of the specification; of dense attention where asked."""
         shape, layer = self.shape, self.layer
-        scores = reference.attention_scores(
-            layer.query[rows].double(),
-            self.row(layer.key, seq).double() * self.scales[0],
-            self.row_lens[rows],
-            sm_scale=shape.head_dim**-0.5,
-        )
+        query, key = layer.query[rows].double(), self.row(layer.key, seq).double() * self.scales[0]
+        row_lens, sm_scale = self.row_lens[rows], shape.head_dim**-0.5
+        if layer.sketch is None or dense or layer.dense[rows].any():
+            scores = reference.attention_scores(query, key, row_lens, sm_scale=sm_scale)
+        else:
+            blocks = layer.block_table[seq, : math.ceil(len(key) / shape.block_size)].long()
+            own = Sketch(*(part[blocks] for part in layer.sketch))
+            # Tokens before heads.
+            parts = parts_of(own).permute(0, 2, 3, 1, 4).flatten(0, 2)
+            scores = sketched_scores(
+                query,
+                key,
+                parts[: len(key)],
+                own.bounds.transpose(1, 2).flatten(0, 1)[: len(key) // GPU_GROUP],
+                row_lens,
+                group_size=GPU_GROUP,
+                sm_scale=sm_scale,
+            )
         threshold = layer.log_min_prob[rows].double().T
         threshold = threshold.masked_fill(layer.dense[rows].bool() | dense, -1e30)
         group_size = group_size_of(shape.block_size)

@@ -7,8 +7,9 @@ that it stays whatever happens next.
                       float64, one graph replay, then decode at four batches beside its dense rivals
     results   210 s   the rest of what is compared with float64, and a memory check of one case
     table     210 s   decode to 131072 keys, prompts, short dense rows, and launch parameters
-    decode    150 s   after a change to the decode kernels, instead of the others: three cases and a
-                      graph replay, then batches of random and of clustered keys, to 131072
+    decode    150 s   after a change to the decode kernels, instead of the others: cases and a graph
+                      replay, then batches of random and of clustered keys, to 131072, and with the
+                      sketch of K
 
 A wrong result in probe or decode ends it before anything is timed. With TRITON_INTERPRET=1 and no
 GPU everything runs on tiny shapes, and nothing is timed.
@@ -33,6 +34,9 @@ from benchmarks.gpu.rivals import VllmTriton
 SECONDS = {"probe": 280, "results": 210, "table": 210, "decode": 150}
 DECODE = [(8192,), (32768,), (32768,) * 8, (8192,) * 16]
 CLUSTERED = [Shape(lens, is_clustered=True) for lens in ((8192,) * 16, (32768,) * 8)]
+SKETCHED = [
+    Shape(lens, has_sketch=True) for lens in ((32768,), (32768,) * 8, (8192,) * 16, (131072,) * 8)
+]
 LONG = [Shape((131072,) * 8), Shape((32768,) * 8, cache_dtype=E4M3), Shape((131072,) * 16)]
 LAST_START = 0.8
 """Of a call's seconds: nothing starts after that."""
@@ -88,19 +92,23 @@ def steps(
     if call in ("probe", "decode"):
         if call == "probe":
             yield "bandwidths", lambda: bandwidths(machine)
-        first = [planned[0]]
+        first, sketched = [planned[0]], [cases.TINY]
         if machine.is_gpu:
             kinds = [(cases.check_decode, spec) for spec in (cases.DECODE[1], cases.DECODE[2])]
-            first = [*kinds, (cases.check_graph, cases.GRAPH)]
+            first, sketched = [*kinds, (cases.check_graph, cases.GRAPH)], cases.SKETCHED
             if call == "decode":
                 first.append((cases.check_determinism, cases.DETERMINISM))
+        if call == "decode":
+            first += [(cases.check_sketched, spec) for spec in sketched]
         for which, spec in first:
             if machine.has_e4m3 or spec.cache_dtype != E4M3:
                 yield spec_name(which, spec), lambda w=which, s=spec: compare(w, s, machine)
         shapes = [Shape(lens) for lens in DECODE] if machine.is_gpu else [bench.TINY]
         if call == "decode":
-            tiny = dataclasses.replace(bench.TINY, is_clustered=True)
-            shapes += CLUSTERED + LONG if machine.is_gpu else [tiny]
+            tiny = dataclasses.replace(
+                bench.TINY, block_size=64, is_clustered=True, has_sketch=True
+            )
+            shapes += SKETCHED + CLUSTERED + LONG if machine.is_gpu else [tiny]
         shapes = [shape for shape in shapes if machine.has_e4m3 or shape.cache_dtype != E4M3]
         for shape in shapes:
             yield (

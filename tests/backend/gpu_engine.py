@@ -93,6 +93,7 @@ def _options(**changes: Any) -> dict[str, Any]:
         "thresholds": "none",
         "min_mass": MIN_MASS,
         "min_kv_len": MIN_KV_LEN,
+        "k_sketch": False,  # which "auto" would be but for the platform
         "layers": {"2": {"dense": True}},
     }
     return defaults | dial | changes

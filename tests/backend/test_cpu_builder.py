@@ -20,7 +20,7 @@ from vllm.v1.attention.backends import cpu_attn  # noqa: E402
 from vllm.v1.kv_cache_interface import FullAttentionSpec  # noqa: E402
 
 from vllm_toptheta.backend import counts as counts_module  # noqa: E402
-from vllm_toptheta.backend import cpu, cpu_layer, plan  # noqa: E402
+from vllm_toptheta.backend import cpu, cpu_layer, sidecar  # noqa: E402
 from vllm_toptheta.backend.counts import RankHeads  # noqa: E402
 from vllm_toptheta.backend.heads import toptheta_heads  # noqa: E402
 from vllm_toptheta.backend.plan import Plan  # noqa: E402
@@ -448,5 +448,5 @@ def test_pages_hold_the_sketch_where_the_native_kernels_scan_it(
     options: dict[str, Any], native: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = Availability("native", None) if native else Availability("eager", "none here")
-    monkeypatch.setattr(plan, "available_target", lambda: found)
-    assert plan.sketches_keys(TopThetaConfig.model_validate(options)) is expected
+    monkeypatch.setattr(sidecar, "available_target", lambda: found)
+    assert sidecar.sketches_keys(TopThetaConfig.model_validate(options)) is expected

@@ -44,7 +44,13 @@ from vllm.v1.worker.utils import allocate_kv_cache, clear_layer_kv_caches  # noq
 
 from vllm_toptheta.backend.gpu import TopThetaGPUBackend, TopThetaGPUBareBackend  # noqa: E402
 from vllm_toptheta.backend.gpu_stock import why_pages_do_not_suit  # noqa: E402
-from vllm_toptheta.backend.sidecar import check_room, pad_page, v_means_view  # noqa: E402
+from vllm_toptheta.backend.sidecar import (  # noqa: E402
+    check_room,
+    pad_page,
+    sketch_view,
+    v_means_view,
+)
+from vllm_toptheta.kernels.triton.sketch import check_sketch  # noqa: E402
 
 LAYERS = ["first", "second"]
 NUM_BLOCKS = 4
@@ -88,6 +94,29 @@ def test_parts_of_a_page_do_not_overlap(
         part.fill_(number)
     for number, part in enumerate(parts, 1):
         assert (part == number).all()
+
+
+@pytest.mark.parametrize("layout", TopThetaGPUBackend.supported_kv_cache_layouts(), ids=str)
+@pytest.mark.parametrize("block_size", [64, 128])
+def test_a_sketch_lies_behind_the_means(layout: KVCacheLayout, block_size: int) -> None:
+    spec = pad_page(spec_of(block_size=block_size), sketch=True)
+    check_room(spec, sketch=True)
+    caches = allocate(spec, layout)
+    parts = [
+        part
+        for cache in caches
+        for part in (cache, v_means_view(cache, torch.bfloat16), *sketch_view(cache))
+    ]
+    groups = block_size // 64
+    assert parts[2].shape == (NUM_BLOCKS, 3, groups, 64, 80)
+    assert parts[2].data_ptr() % 16 == 0, "codes would not load in one piece"
+    check_sketch(sketch_view(caches[0]), caches[0][..., :80])
+    for number, part in enumerate(parts, 1):
+        part.fill_(number)
+    for number, part in enumerate(parts, 1):
+        assert (part == number).all()
+    plain = pad_page(spec_of(block_size=block_size))
+    assert spec.page_size_bytes / plain.page_size_bytes == pytest.approx(1.26, abs=0.01)
 
 
 @pytest.mark.parametrize("layout", TopThetaGPUBackend.supported_kv_cache_layouts(), ids=str)

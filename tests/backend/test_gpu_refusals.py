@@ -1,5 +1,6 @@
 """The GPU backend on the CPU: what it refuses, and how it is chosen."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +22,6 @@ from gpu_engine import (  # noqa: E402
     make_groups,
     make_layer,
 )
-from threshold_fixtures import make_identity  # noqa: E402
 from triton_interpreter import needs_interpreter  # noqa: E402
 from vllm.config import set_current_vllm_config  # noqa: E402
 from vllm.model_executor.layers.attention.chunked_local_attention import (  # noqa: E402
@@ -32,9 +32,8 @@ from vllm.v1.attention.selector import AttentionSelectorConfig  # noqa: E402
 from vllm.v1.kv_cache_layout import KVCacheLayout  # noqa: E402
 
 from vllm_toptheta import registration  # noqa: E402
-from vllm_toptheta.backend import gpu, plan  # noqa: E402
+from vllm_toptheta.backend import gpu, sidecar, unsupported  # noqa: E402
 from vllm_toptheta.backend.gpu import TopThetaGPUBackend, TopThetaGPUImpl  # noqa: E402
-from vllm_toptheta.config import TopThetaConfig  # noqa: E402
 from vllm_toptheta.hooks import platform  # noqa: E402
 
 pytestmark = needs_interpreter
@@ -50,13 +49,30 @@ def test_what_the_kernels_lack_is_refused() -> None:
         TopThetaGPUImpl(HEADS, HEAD_DIM, 1.0, KV_HEADS, None, None, "auto", chunk_lookback=1)
 
 
-def test_a_sketch_of_k_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "current_platform", SimpleNamespace(is_cpu=lambda: False))
-    options = TopThetaConfig(k_sketch=True)
-    with pytest.raises(ValueError, match="'k_sketch' = true, but only the CPU kernels"):
-        plan.Plan(options, make_identity()).check()
-    plan.Plan(TopThetaConfig(), make_identity()).check()
-    assert not plan.sketches_keys(TopThetaConfig())
+@pytest.mark.parametrize(
+    ("cache", "match"),
+    [
+        ({"cache_dtype": "fp8"}, "beside an fp8 KV cache.*drop --kv-cache-dtype"),
+        ({"user_specified_block_size": True, "block_size": 96}, "pass --block-size 64"),
+    ],
+)
+def test_a_sketch_of_k_is_refused_where_it_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch, cache: dict[str, Any], match: str
+) -> None:
+    for module in (sidecar, unsupported):
+        monkeypatch.setattr(module, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    for sketch in (True, False, "auto"):
+        config = configure(k_sketch=sketch)
+        for name, value in cache.items():
+            setattr(config.cache_config, name, value)
+        refused = pytest.raises(ValueError, match=match) if sketch is True else nullcontext()
+        with refused:
+            unsupported.check_engine(config)
+
+
+def test_blocks_that_vllm_has_changed_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="blocks of 16 and torch.bfloat16; set it to false"):
+        make_builder(monkeypatch, k_sketch=True)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +173,7 @@ def test_blocks_hold_whole_groups_unless_asked_otherwise() -> None:
         ({}, "TopThetaGPUBackend"),
         ({"compensation": False}, "TopThetaGPUBareBackend"),
         ({"compensation": False, "phases": "both"}, "TopThetaGPUBackend"),
+        ({"k_sketch": True}, "TopThetaGPUSketchBackend"),
     ],
 )
 def test_options_choose_the_class(

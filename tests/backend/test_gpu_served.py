@@ -62,11 +62,12 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Answers, Answers]
     torch.manual_seed(0)
     LlamaForCausalLM(CONFIG).save_pretrained(folder / "model")
     options = {"thresholds": "none", "min_prob": 0.02, "min_mass": 0.95, "min_kv_len": 32}
-    options["k_sketch"] = False  # which the GPU has not
+    without = {**options, "k_sketch": False}
     common = {"dtype": "float16", "block_size": 32, "max_num_seqs": 3}
     engines = [
-        {**common, **toptheta(**options)},
-        {**common, **toptheta(**options, phases="both"), "max_num_batched_tokens": 48},
+        {**common, **toptheta(**without)},
+        {**common, **toptheta(**without, phases="both"), "max_num_batched_tokens": 48},
+        {**common, **toptheta(**options, k_sketch=True), "block_size": 64},
     ]
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(3, 128, (n,), generator=generator).tolist() for n in LENGTHS[:3]]
@@ -124,3 +125,13 @@ def test_counts_of_pruned_prompts_are_the_same(answers: tuple[Answers, Answers])
             assert shown[name] == expected_value, name
     longest = answers[1][1][0]["summary"]["toptheta"]["prefill"]
     assert longest["keys_kept"] < 0.6 * longest["keys_scored"]
+
+
+def test_a_sketch_of_k_counts_alike(answers: tuple[Answers, Answers]) -> None:
+    """A key next to its threshold may be decided otherwise: on a CPU every key has a scale, on a
+    GPU every group."""
+    for expected, found in zip(answers[0][2], answers[1][2], strict=True):
+        wanted, shown = (answer["summary"]["toptheta"] for answer in (expected, found))
+        assert shown["keys_scored"] == wanted["keys_scored"]
+        assert shown["keys_kept"] == pytest.approx(wanted["keys_kept"], rel=TILES)
+        assert shown["kept_mass"] == pytest.approx(wanted["kept_mass"], rel=TILES)

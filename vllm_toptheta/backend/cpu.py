@@ -33,9 +33,9 @@ from vllm_toptheta.backend.cpu_step import (
 )
 from vllm_toptheta.backend.dial import Dial, rest_of_batch, single_rows_of_batch
 from vllm_toptheta.backend.heads import count_heads, publish
-from vllm_toptheta.backend.plan import Plan, sketches_keys
+from vllm_toptheta.backend.plan import Plan
 from vllm_toptheta.backend.prompts import PromptRows, dense_prompts, plan_prompts
-from vllm_toptheta.backend.sidecar import check_page, enlarge_page, kernel_block_size
+from vllm_toptheta.backend.sidecar import check_page, enlarge_page, kernel_block_size, sketches_keys
 from vllm_toptheta.config import TopThetaConfig
 from vllm_toptheta.hooks import model_runner
 from vllm_toptheta.hooks.attention_backend import NAME

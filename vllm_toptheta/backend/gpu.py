@@ -35,11 +35,12 @@ from vllm_toptheta.backend.gpu_tensors import LayerShape, StepTensors
 from vllm_toptheta.backend.gpu_warmup import warm_up
 from vllm_toptheta.backend.heads import count_heads, publish
 from vllm_toptheta.backend.plan import Plan
-from vllm_toptheta.backend.sidecar import check_plain, check_room, pad_page
+from vllm_toptheta.backend.sidecar import check_plain, check_room, pad_page, sketches_keys
 from vllm_toptheta.backend.step import GPUStepCounts, TopThetaGPUMetadata
 from vllm_toptheta.config import TopThetaConfig
 from vllm_toptheta.hooks import model_runner
 from vllm_toptheta.hooks.attention_backend import NAME
+from vllm_toptheta.kernels.sketch import gpu_bytes
 from vllm_toptheta.kernels.triton.checks import MAX_HEAD_DIM, MIN_HEAD_DIM, check_supported
 from vllm_toptheta.kernels.triton.config import choose_config
 
@@ -55,6 +56,7 @@ class TopThetaGPUBackend(TritonAttentionBackend):
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16]
     # No fp8_e5m2: vLLM's Triton cache writer stores e4m3 under either name.
     supported_kv_cache_dtypes = ["auto", "float16", "bfloat16", "fp8", "fp8_e4m3"]
+    sketches_keys = False
 
     @staticmethod
     def get_name() -> str:
@@ -73,11 +75,13 @@ class TopThetaGPUBackend(TritonAttentionBackend):
         """The class that serves layers of the current engine, whatever their `dtype`."""
         config = TopThetaConfig.from_additional_config(get_current_vllm_config().additional_config)
         chosen = cls if config.needs_means else TopThetaGPUBareBackend
+        if sketches_keys(config):
+            chosen = TopThetaGPUSketchBackend
         return f"{chosen.__module__}.{chosen.__qualname__}"
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
-        return pad_page(spec)
+        return pad_page(spec, sketch=cls.sketches_keys)
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
@@ -154,6 +158,12 @@ class TopThetaGPUBareBackend(TopThetaGPUBackend):
         return spec
 
 
+class TopThetaGPUSketchBackend(TopThetaGPUBackend):
+    """The same with a sketch of K in its pages."""
+
+    sketches_keys = True
+
+
 class TopThetaGPUMetadataBuilder(TritonAttentionMetadataBuilder):
     """Splits a batch into single-token rows and the rest, and looks up the thresholds of the
     former.
@@ -175,8 +185,16 @@ class TopThetaGPUMetadataBuilder(TritonAttentionMetadataBuilder):
         # Thresholds are looked up in build(), which a graph of draft steps would skip.
         self.supports_draft_decode_metadata_update = False
         self.plan = Plan.from_vllm_config(vllm_config)
-        if self.plan.config.needs_means:
-            check_room(kv_cache_spec)
+        sketch = sketches_keys(self.plan.config)
+        if self.plan.config.needs_means or sketch:
+            check_room(kv_cache_spec, sketch=sketch)
+        if sketch:
+            spec = kv_cache_spec
+            size = gpu_bytes(spec.num_kv_heads, spec.block_size, spec.head_size)
+            logger.info_once(
+                "toptheta: generated tokens scan K in 8 bits, for %.0f%% more KV memory",
+                100 * size / (spec.page_size_bytes - size),
+            )
         attention = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         layers = [attention[name] for name in layer_names]
         self._check_layers(layers)

@@ -8,12 +8,13 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 
 from vllm_toptheta.backend.gpu_tensors import StepRows, StepTensors
-from vllm_toptheta.backend.sidecar import no_means, v_means_view
+from vllm_toptheta.backend.sidecar import no_means, sketch_view, sketches_keys, v_means_view
 from vllm_toptheta.backend.step import TopThetaGPUMetadata
 from vllm_toptheta.kernels.triton.config import choose_prefill_config
 from vllm_toptheta.kernels.triton.decode import decode_attention
 from vllm_toptheta.kernels.triton.means import update_v_means
 from vllm_toptheta.kernels.triton.prefill import prefill_attention
+from vllm_toptheta.kernels.triton.sketch import update_sketch
 
 
 class TopThetaGPUImpl(TritonAttentionImpl):
@@ -71,6 +72,7 @@ class TopThetaGPUImpl(TritonAttentionImpl):
         """Tell the layer its place in the builder's tensors."""
         self.slot, self.tensors = slot, tensors
         self.needs_means = tensors.plan.config.needs_means
+        self.has_sketch = sketches_keys(tensors.plan.config)
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         return False
@@ -99,6 +101,8 @@ class TopThetaGPUImpl(TritonAttentionImpl):
         if self.needs_means:
             v_means = v_means_view(kv_cache, key.dtype)
             update_v_means(self._split(kv_cache)[1], v_means, slot_mapping)
+        if self.has_sketch:
+            update_sketch(self._split(kv_cache)[0], sketch_view(kv_cache), slot_mapping)
 
     def forward(
         self,
@@ -168,6 +172,7 @@ class TopThetaGPUImpl(TritonAttentionImpl):
                 scratch=held.scratch,
                 num_splits=held.num_splits(rows.num_single),
                 config=held.launch,
+                sketch=sketch_view(kv_cache) if self.has_sketch else None,
                 **common,
             )
         for prompts in rows.prompts:

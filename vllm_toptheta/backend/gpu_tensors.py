@@ -20,6 +20,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm_toptheta.backend.counts import RankHeads
 from vllm_toptheta.backend.gpu_batch import other_rows, requests_and_lens, tokens_of
 from vllm_toptheta.backend.plan import Plan
+from vllm_toptheta.backend.sidecar import sketches_keys
 from vllm_toptheta.kernels.columns import (
     DENSE_LAYER,
     DENSE_NONE,
@@ -213,6 +214,7 @@ class StepTensors:
             **asdict(shape),
             block_size=block_size,
             device=device,
+            sketch=sketches_keys(plan.config),
         )
 
     def _allocate_layers(self, indices: list[int], windows: list[int | None]) -> None:

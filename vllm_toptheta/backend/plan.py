@@ -10,12 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.platforms import current_platform
 
 from vllm_toptheta.backend.unsupported import check_engine
 from vllm_toptheta.config import TopThetaConfig
 from vllm_toptheta.kernels.layout import RENORMALISE, UNCALIBRATED_MIN_MASS, UNCALIBRATED_WEIGHTS
-from vllm_toptheta.kernels.ops import available_target
 from vllm_toptheta.model_identity import ModelIdentity
 from vllm_toptheta.requests import RequestPolicy, Target, Targets
 from vllm_toptheta.threshold_store import FoundTable, ThresholdStore
@@ -94,11 +92,6 @@ class Plan:
                     f"toptheta: option 'layers' names layer {index}, the model has layers 0 to "
                     f"{num_layers - 1}"
                 )
-        if self.config.k_sketch is True and not current_platform.is_cpu():
-            raise ValueError(
-                "toptheta: option 'k_sketch' = true, but only the CPU kernels have a sketch of K; "
-                "drop the option"
-            )
         if self.config.k is not None and self.table is None:
             raise ValueError(
                 f"toptheta: option 'k' = {self.config.k:g} needs a threshold table, and there is "
@@ -221,15 +214,6 @@ class Plan:
                 f"thresholds {self.found.path} ({metadata.identity.name}, {metadata.created})"
             )
         return f"Top-theta attention: {', '.join(parts)}"
-
-
-def sketches_keys(config: TopThetaConfig) -> bool:
-    """Whether pages hold the sketch of K, which only generated tokens that are pruned scan."""
-    if not current_platform.is_cpu() or config.phases == "prefill":
-        return False
-    if config.k_sketch != "auto":
-        return config.k_sketch
-    return available_target().target == "native"  # faster wherever it was measured
 
 
 def _shown(target: Target) -> str:

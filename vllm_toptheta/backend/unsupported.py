@@ -11,7 +11,10 @@ import vllm.envs as envs
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.platforms import current_platform
 
+from vllm_toptheta.backend.sidecar import sketches_keys
+from vllm_toptheta.config import TopThetaConfig
 from vllm_toptheta.hooks.attention_backend import NAME
+from vllm_toptheta.kernels.sketch import GPU_GROUP
 
 _NGRAM = """--speculative-config '{"method": "ngram", "num_speculative_tokens": 3}'"""
 
@@ -77,6 +80,16 @@ def _context_parallel(config: Any) -> bool:
 def _moves_blocks(config: Any) -> bool:
     transfer = config.kv_transfer_config
     return transfer is not None and transfer.is_kv_transfer_instance
+
+
+def _has_sketch(config: Any) -> bool:
+    return sketches_keys(TopThetaConfig.from_additional_config(config.additional_config))
+
+
+def _sketch_in_small_blocks(config: Any) -> bool:
+    cache = config.cache_config
+    chosen = cache.user_specified_block_size and cache.block_size % GPU_GROUP != 0
+    return bool(chosen and _has_sketch(config))
 
 
 def _attention_is(*kinds: str) -> Callable[[Any], bool]:
@@ -183,6 +196,20 @@ _REFUSALS = (
         "dual batch overlap",
         "the parts of a batch are counted as one, and requests would get each other's options",
         "Drop --enable-dbo and --ubatch-size",
+        on_cpu=False,
+    ),
+    _Refusal(
+        lambda config: _has_sketch(config) and config.cache_config.cache_dtype[:3] == "fp8",
+        "a sketch of K beside an fp8 KV cache",
+        "8 bits would take the place of 8",
+        """Set "k_sketch" to false, or drop --kv-cache-dtype""",
+        on_cpu=False,
+    ),
+    _Refusal(
+        _sketch_in_small_blocks,
+        "a sketch of K in blocks of this size",
+        f"its groups have {GPU_GROUP} tokens, and do not cross blocks",
+        """Set "k_sketch" to false, or pass --block-size 64""",
         on_cpu=False,
     ),
     # On a GPU V means lie behind K and V in a page, outside of the tensors that these copy.

@@ -76,7 +76,7 @@ def parts_of(sketch: Sketch) -> Tensor:
     float64. The sum of both halves is the key that the sketch stands for."""
     steps = sketch.codes.double() * sketch.scales.double()[..., None]
     centre = sketch.centre.double()[..., None, :].expand(steps.shape)
-    return torch.cat([centre, steps @ hadamard(steps.shape[-1])], -1)
+    return torch.cat([centre, steps @ hadamard(steps.shape[-1]).to(steps)], -1)
 
 
 def page_views(kv_cache: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -133,6 +133,52 @@ def read_groups(kv_cache: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor]:
     by_group = (layout.num_groups, layout.group_size)
     sketch = Sketch(flat.unflatten(2, by_group), scales.unflatten(2, by_group), centres, bounds)
     return parts_of(sketch).flatten(2, 3), bounds
+
+
+GPU_GROUP = 64
+"""Tokens of a group on a GPU, where smaller ones have no sketch."""
+
+
+def _gpu_parts(
+    num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype
+) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+    """What a page holds of codes, centres, scales and bounds."""
+    groups = (num_kv_heads, block_size // GPU_GROUP)
+    return [
+        (torch.int8, (*groups, GPU_GROUP, head_dim)),
+        (dtype, (*groups, head_dim)),
+        (torch.float32, (*groups, 1)),
+        (torch.float32, (*groups, 2)),
+    ]
+
+
+def gpu_bytes(num_kv_heads: int, block_size: int, head_dim: int) -> int:
+    """Bytes of a page's sketch on a GPU, of a 16-bit cache."""
+    parts = _gpu_parts(num_kv_heads, block_size, head_dim, torch.bfloat16)
+    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in parts)
+
+
+def gpu_views(
+    pages: Tensor, start: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype
+) -> Sketch:
+    """The sketch in pages of a GPU: heads, then groups, codes by token.
+
+    Args:
+        pages: [num_blocks, page bytes] uint8, the first stride is free.
+        start: bytes of a page before its sketch, a multiple of 16.
+        dtype: of the cache.
+
+    Returns:
+        Views, [num_blocks, num_kv_heads, groups] groups: codes int8, scales [..., 1] float32, one
+        for all keys of a group: what is read for each key by itself waits for memory.
+    """
+    found = []
+    for kind, shape in _gpu_parts(num_kv_heads, block_size, head_dim, dtype):
+        end = start + kind.itemsize * math.prod(shape)
+        found.append(pages[:, start:end].view(kind).unflatten(1, shape))
+        start = end
+    codes, centre, scales, bounds = found
+    return Sketch(codes, scales, centre, bounds)
 
 
 def sketched_scores(

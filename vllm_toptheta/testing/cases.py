@@ -18,7 +18,7 @@ from vllm_toptheta.kernels.layout import (
     PageLayout,
     group_size_of,
 )
-from vllm_toptheta.kernels.sketch import read_groups, sketched_scores
+from vllm_toptheta.kernels.sketch import Sketch, gpu_bytes, gpu_views, sketched_scores
 
 GAP = 2e-3
 """Distance, in log p, that thresholds keep from every key: wider than any kernel's rounding."""
@@ -246,6 +246,24 @@ class Case:
         stored = pages.to(spec.cache_dtype or spec.dtype)
         return stored if head_major else stored.transpose(1, 2).contiguous().transpose(1, 2)
 
+    def sketched_gpu_pages(self) -> tuple[Tensor, Sketch]:
+        """`gpu_pages` with room behind them, and views of it: NaN, and codes of 77."""
+        spec, kv_cache = self.spec, self.gpu_pages()
+        plain = kv_cache[0].numel() * kv_cache.element_size()
+        sizes = (spec.num_kv_heads, spec.block_size, spec.head_dim)
+        raw = torch.empty(self.num_blocks, plain + gpu_bytes(*sizes), dtype=torch.uint8)
+        pages = (
+            raw[:, :plain]
+            .view(kv_cache.dtype)
+            .as_strided(
+                kv_cache.shape, (raw.shape[1] // kv_cache.element_size(), *kv_cache.stride()[1:])
+            )
+        )
+        sketch = gpu_views(raw, plain, *sizes, spec.dtype)
+        for part, number in zip(sketch, (77, math.nan, math.nan, math.nan), strict=True):
+            part.fill_(number)
+        return pages.copy_(kv_cache), sketch
+
     def slots(self) -> Tensor:
         """Slots of all cached tokens, as one slot_mapping, int64."""
         size = self.spec.block_size
@@ -298,23 +316,27 @@ def make_case(spec: Spec, *, num_spare_blocks: int = 3) -> Case:
     return case
 
 
-def with_sketches(case: Case, pages: Tensor, layout: PageLayout) -> Case:
+def with_sketches(case: Case, parts: Tensor, bounds: Tensor) -> Case:
     """The case of decode rows that scan the sketches in pages that a kernel has written, its
-    thresholds away from what is near to being decided otherwise."""
-    parts, bounds = read_groups(pages, layout)
-    size, groups = layout.block_size, layout.num_groups
+    thresholds away from what is near to being decided otherwise.
+
+    Args:
+        parts: [num_blocks, num_kv_heads, block_size, 2 * head_dim] of `sketch.parts_of`.
+        bounds: [num_blocks, num_kv_heads, groups, 2].
+    """
+    size, groups = case.spec.block_size, bounds.shape[2]
     sketches = []
     for seq, length in enumerate(case.spec.lens):
         position = torch.arange(length)
         block = case.block_table[seq, position // size].long()
-        first = torch.arange(length // layout.group_size)
+        first = torch.arange(length // case.spec.group_size)
         of_group = case.block_table[seq, first // groups].long()
         sketches.append(
             (parts[block, :, position % size], bounds[of_group, :, first % groups].double())
         )
     # What belongs to no complete group may be anything, and meets no weight but must be a number.
     for keys, of_groups in sketches:
-        keys[len(of_groups) * layout.group_size :] = 0
+        keys[len(of_groups) * case.spec.group_size :] = 0
     sketched = replace(case, sketches=sketches, log_min_prob=case.log_min_prob.clone())
     for row, (_, visible) in enumerate(case.spec.rows):
         if visible and not case.dense[row]:

@@ -19,11 +19,17 @@ class Backend(TopThetaGPUBackend):
 
     @classmethod
     def path_for(cls, dtype: torch.dtype) -> str:
-        is_bare = super().path_for(dtype).endswith(TopThetaGPUBareBackend.__name__)
-        return f"gpu_on_cpu.{'BareBackend' if is_bare else 'Backend'}"
+        kind = super().path_for(dtype).rpartition(".")[2].removeprefix("TopThetaGPU")
+        return f"gpu_on_cpu.{kind}"
 
 
 class BareBackend(Backend):
     """The same without room for V means."""
 
     customize_spec = TopThetaGPUBareBackend.customize_spec
+
+
+class SketchBackend(Backend):
+    """The same with a sketch of K."""
+
+    sketches_keys = True

@@ -42,7 +42,7 @@ def test_rows_are_the_specification_s(
 ) -> None:
     case = make_case(Spec(**{**BASE, **options, "dtype": dtype}))  # type: ignore[arg-type]
     pages, layout = written(case, target)
-    case = with_sketches(case, pages, layout)
+    case = with_sketches(case, *read_groups(pages, layout))
     check(case, decode(case, target, pages=pages, sketch=True))
 
 
@@ -52,7 +52,7 @@ def test_rows_are_the_specification_s(
 def test_every_option(packing: Packing, options: dict[str, object]) -> None:
     case = make_case(Spec(**{**BASE, **options}))  # type: ignore[arg-type]
     pages, layout = written(case, "native", packing)
-    case = with_sketches(case, pages, layout)
+    case = with_sketches(case, *read_groups(pages, layout))
     check(case, decode(case, pages=pages, packing=packing, sketch=True))
 
 
@@ -63,7 +63,7 @@ def test_instruction_sets_and_cuts_agree(options: dict[str, object], dtype: torc
     """Also where rounding decides: thresholds stand on keys."""
     case = make_case(Spec(**{**BASE, **options, "dtype": dtype}))  # type: ignore[arg-type]
     pages, layout = written(case)
-    case = with_sketches(case, pages, layout)
+    case = with_sketches(case, *read_groups(pages, layout))
     for row, (_, visible) in enumerate(case.spec.rows):
         if visible > 20:
             log_p = case.select(row).probs.log().unflatten(0, (case.spec.num_kv_heads, -1))
@@ -152,7 +152,7 @@ def test_a_group_that_it_does_not_serve_is_scored_with_k(target: ops.Target) -> 
     case = make_case(Spec(lens=(523,), query_scale=8.0, **BASE))  # type: ignore[arg-type]
     case.keys[0][128:192] *= 60
     pages, layout = written(case, target)
-    case = with_sketches(case, pages, layout)
+    case = with_sketches(case, *read_groups(pages, layout))
     exact = make_exact(case)
     assert torch.equal(case.scores(0)[..., 128:192], exact.scores(0)[..., 128:192])
     assert not torch.equal(case.scores(0)[..., :64], exact.scores(0)[..., :64])

@@ -34,16 +34,27 @@ SHARED_LIMITS = {
 
 BF16, FP16 = torch.bfloat16, torch.float16
 SHAPES = {
-    "cuda:80": [Shape(head_dim=64, heads=8, block_size=16, dtype=FP16, sinks=True, window=128)],
+    "cuda:80": [
+        Shape(head_dim=64, heads=8, block_size=16, dtype=FP16, sinks=True, window=128),
+        Shape(head_dim=64, heads=8, dtype=FP16, sketch=True),
+    ],
     "cuda:90": [
         Shape(),
         Shape(head_dim=80, heads=1, block_size=32),
         Shape(head_dim=256, heads=2, dtype=FP16, soft_cap=50.0),
+        Shape(sketch=True),
     ],
-    "cuda:100": [Shape(heads=8, block_size=128, cache_dtype=torch.float8_e4m3fn)],
-    "hip:gfx942": [Shape(block_size=16, cache_dtype=torch.float8_e4m3fnuz)],
+    "cuda:100": [
+        Shape(heads=8, block_size=128, cache_dtype=torch.float8_e4m3fn),
+        Shape(block_size=128, sketch=True),
+    ],
+    "hip:gfx942": [
+        Shape(block_size=16, cache_dtype=torch.float8_e4m3fnuz),
+        Shape(sketch=True),
+    ],
 }
 COSTLY = {"_scan_kernel", "_floor_kernel", "_gather_kernel", "_prefill_kernel"}
+OF_SKETCH = {"_centres_kernel", "_update_sketch_kernel"}
 """What is compiled for every shape; the other kernels once a target."""
 
 
@@ -120,10 +131,12 @@ def launched(target_name: str) -> list[tuple[str, Variant]]:
     found = []
     for shape in SHAPES[target_name]:
         launches = decode_launches.launches(shape, TARGETS[target_name])
-        launches += prefill_launches.launches(shape)
+        if not shape.sketch:  # prompts do not scan it
+            launches += prefill_launches.launches(shape)
         if not found:
             launches += step_launches.launches()
-        names = COSTLY if found else {recorder.function.__name__ for recorder in launches}
+        every = {recorder.function.__name__ for recorder in launches}
+        names = COSTLY | OF_SKETCH if found else every
         for variant in variants(launches, TARGETS[target_name]):
             if variant.kernel in names:
                 found.append((shape.name, variant))

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from vllm_toptheta.kernels.sketch import Sketch
 from vllm_toptheta.testing.cases import Case, Result
 
 
@@ -21,7 +22,7 @@ def poisoned(scratch: object) -> None:
     for tensor in vars(scratch).values():
         if isinstance(tensor, Tensor):
             # Of steps 255: the runs would be left out.
-            number = 255 if tensor.dtype == torch.uint8 else -(10**6)
+            number = {torch.uint8: 255, torch.int8: 77}.get(tensor.dtype, -(10**6))
             tensor.fill_(math.nan if tensor.is_floating_point() else number)
 
 
@@ -34,6 +35,7 @@ def run(
     rows: list[int] | None = None,
     head_major: bool = False,
     pages: tuple[Tensor, Tensor] | None = None,
+    sketch: Sketch | None = None,
 ) -> Result:
     """Means, then the decode kernels.
 
@@ -41,6 +43,7 @@ def run(
         rows: the part of the batch to run; None for all.
         head_major: heads before slots in the pages.
         pages: of `gpu_pages`, and means; None makes them.
+        sketch: of the pages.
     """
     from vllm_toptheta.kernels.triton.config import LaunchConfig
     from vllm_toptheta.kernels.triton.decode import DecodeScratch, decode_attention
@@ -63,6 +66,7 @@ def run(
         head_dim=spec.head_dim,
         block_size=spec.block_size,
         device="cpu",
+        sketch=sketch is not None,
     )
     poisoned(scratch)
     scales = [torch.tensor([scale]) for scale in case.scales]
@@ -86,6 +90,7 @@ def run(
         scratch=scratch,
         num_splits=num_splits,
         config=LaunchConfig(tile=tile, min_tiles=min_tiles),
+        sketch=sketch,
         window=spec.window,
         soft_cap=spec.soft_cap,
         sinks=case.sinks,

@@ -13,7 +13,7 @@ KERNELS = [(prefill, "_prefill_kernel")]
 def launches(shape: Shape) -> list[Recorder]:
     """A prefill step of two rows."""
     num_heads, cache_dtype = NUM_KV_HEADS * shape.heads, shape.cache_dtype or shape.dtype
-    key, value, v_means = pages(shape)
+    key, value, v_means, _ = pages(shape)
     query = torch.empty(2, num_heads, shape.head_dim, dtype=shape.dtype)
     scale = torch.ones(1) if shape.cache_dtype else None
     with recorded(*KERNELS) as recorders:

@@ -10,11 +10,12 @@ import decode_launches
 import prefill_launches
 import step_launches
 import torch
+from compile_shapes import Shape, pages
 from launches import TARGETS, Recorder, recorded, variants
 from torch import Tensor
 
 from vllm_toptheta.kernels.layout import NUM_WEIGHTS
-from vllm_toptheta.kernels.triton import counts, decode, means, prefill
+from vllm_toptheta.kernels.triton import counts, decode, means, prefill, sketch
 from vllm_toptheta.kernels.triton.config import (
     choose_config,
     choose_num_splits,
@@ -25,7 +26,7 @@ from vllm_toptheta.kernels.triton.config import (
 MAX_ROWS, MAX_BLOCKS = 41, 33
 WINDOWS = (1, 128, None)  # of the layers
 LAYERS = len(WINDOWS)
-HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 9, 3, 64, 32
+HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64
 CONFIG = choose_config(head_dim=HEAD_DIM, warp_size=64)
 PREFILL_CONFIG = choose_prefill_config(head_dim=HEAD_DIM, cache_bytes=2)
 INT = torch.int32
@@ -45,14 +46,15 @@ class Tokens:
 
 
 class Engine:
-    """The tensors that stay in place from step to step."""
+    """The tensors that stay in place from step to step.
 
-    def __init__(self) -> None:
-        kv = torch.empty(2, BLOCK_SIZE, KV_HEADS, 2 * HEAD_DIM, dtype=torch.bfloat16)
-        self.cache = (
-            *kv.transpose(1, 2).split(HEAD_DIM, dim=-1),
-            torch.empty(2, KV_HEADS, 1, HEAD_DIM, dtype=torch.bfloat16),
-        )
+    Args:
+        with_sketch: whether pages have a sketch of K, for which blocks have 64 tokens, not 32.
+    """
+
+    def __init__(self, *, with_sketch: bool) -> None:
+        shape = Shape(head_dim=HEAD_DIM, block_size=64 if with_sketch else 32, sketch=with_sketch)
+        *self.cache, self.sketch = pages(shape, KV_HEADS)
         self.block_table = torch.zeros(2 * MAX_ROWS, MAX_BLOCKS, dtype=INT)
         self.seq_lens = torch.zeros(2 * MAX_ROWS, dtype=INT)
         self.query_start_loc = torch.zeros(2 * MAX_ROWS + 1, dtype=INT)
@@ -64,12 +66,13 @@ class Engine:
         self.scratch = decode.DecodeScratch.allocate(
             num_rows=MAX_ROWS,
             num_parts=max(n * self.num_splits(n) for n in range(1, MAX_ROWS + 1)),
-            max_len=MAX_BLOCKS * BLOCK_SIZE,
+            max_len=MAX_BLOCKS * shape.block_size,
             num_heads=HEADS,
             num_kv_heads=KV_HEADS,
             head_dim=HEAD_DIM,
-            block_size=BLOCK_SIZE,
+            block_size=shape.block_size,
             device="cpu",
+            sketch=with_sketch,
         )
 
     def num_splits(self, num_rows: int) -> int:
@@ -95,6 +98,7 @@ class Engine:
             scratch=self.scratch,
             num_splits=self.num_splits(rows),
             config=CONFIG,
+            sketch=self.sketch,
             window=WINDOWS[layer],
         )
 
@@ -129,7 +133,10 @@ class Engine:
         out = torch.empty(total, HEADS, HEAD_DIM, dtype=torch.bfloat16)
         tokens = Tokens(total) if num_prompts else self.held
         for layer in range(LAYERS):
-            means.update_v_means(*self.cache[1:], self.slot_mapping[:total])
+            slots = self.slot_mapping[:total]
+            means.update_v_means(*self.cache[1:], slots)
+            if self.sketch is not None:
+                sketch.update_sketch(self.cache[0], self.sketch, slots)
             if num_rows:
                 self.decode(tokens, query[:num_rows], out[:num_rows], layer)
             if num_prompts:
@@ -155,10 +162,10 @@ class Engine:
         )
 
 
-def launch() -> list[Recorder]:
+def launch(*, with_sketch: bool) -> list[Recorder]:
     """Steps of all kinds of numbers of rows, alone and with one to three prompts of various
     lengths: Triton tells 1, multiples of 16, and others apart."""
-    engine = Engine()
+    engine = Engine(with_sketch=with_sketch)
     kernels = decode_launches.KERNELS + prefill_launches.KERNELS + step_launches.KERNELS
     with recorded(*kernels) as recorders:
         for num_rows in (0, 1, 2, 3, 7, 8, 15, 16, 17, 24, 31, 32, 33, MAX_ROWS - 1):
@@ -171,14 +178,14 @@ def launch() -> list[Recorder]:
 
 
 def main() -> None:
-    recorders = launch()
-    for target_name, target in TARGETS.items():
-        seen: dict[str, set[str]] = {}
-        for variant in variants(recorders, target):
-            seen.setdefault(variant.kernel, set()).add(variant.key)
-        print(
-            json.dumps({"target": target_name, "variants": {k: sorted(v) for k, v in seen.items()}})
-        )
+    for with_sketch in (False, True):
+        recorders = launch(with_sketch=with_sketch)
+        for target_name, target in TARGETS.items():
+            seen: dict[str, set[str]] = {}
+            for variant in variants(recorders, target):
+                seen.setdefault(variant.kernel, set()).add(variant.key)
+            found = {kernel: sorted(keys) for kernel, keys in seen.items()}
+            print(json.dumps({"target": target_name, "sketch": with_sketch, "variants": found}))
 
 
 if __name__ == "__main__":

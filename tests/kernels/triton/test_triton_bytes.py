@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from decode_runs import new_means, run
+from test_triton_sketch import case_of, specified, written
 from torch import Tensor
 from triton_interpreter import needs_interpreter
 
@@ -138,3 +139,26 @@ def test_dense_rows_read_everything_once_and_no_means(loads: list[np.ndarray]) -
 def test_no_compensation_reads_no_means(loads: list[np.ndarray]) -> None:
     found = reads(make_case(dataclasses.replace(SPEC, lens=(128,), compensation=False)), loads)
     assert (found.means[0] == 0).all()
+
+
+def test_k_is_read_where_a_group_is_not_trusted_and_codes_elsewhere(
+    loads: list[np.ndarray],
+) -> None:
+    case = case_of(
+        dataclasses.replace(SPEC, lens=(300,), head_dim=64, min_prob=0.02, seed=41), (2,)
+    )
+    pages, sketch = written(case)
+    case = specified(case, sketch)
+    loads.clear()
+    run(case, pages=pages, sketch=sketch)
+    blocks = case.block_table[0, :5].long()
+    key, value = pages[0].split(case.spec.head_dim, dim=-1)
+    by_row = [row_loads(loads, part)[blocks].transpose(0, 1).flatten(1) for part in (key, value)]
+    kept, by_key = case.select(0).kept[:, 0], torch.zeros(320, dtype=torch.bool)
+    by_key[128:192] = by_key[256:300] = True
+    assert (by_row[0][:, by_key] > 0).all()
+    assert (by_row[0][:, ~by_key][:, :192] == 0).all()
+    assert torch.equal(by_row[1][:, :300], kept.int())
+    codes = row_loads(loads, sketch.codes)[blocks].transpose(0, 1).flatten(1)
+    assert (codes[:, ~by_key][:, :192] >= 1).all()
+    assert codes.float().mean() < 1.9

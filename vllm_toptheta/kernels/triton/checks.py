@@ -96,6 +96,15 @@ def check_means(v_means: Tensor, value_cache: Tensor, dtype: torch.dtype) -> Non
         )
 
 
+def check_slots(slot_mapping: Tensor) -> None:
+    """Raise ValueError unless the slots are [num_tokens] int64."""
+    if slot_mapping.dtype != torch.int64 or slot_mapping.dim() != 1:
+        raise ValueError(
+            f"slot_mapping must be [num_tokens] int64, got {list(slot_mapping.shape)} "
+            f"{slot_mapping.dtype}"
+        )
+
+
 def check_contiguous(
     wanted: Iterable[tuple[str, Tensor | None, tuple[int, ...], torch.dtype]],
 ) -> None:

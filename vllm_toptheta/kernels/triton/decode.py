@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 from vllm_toptheta.kernels.layout import LONG_GROUP, NUM_WEIGHTS, group_size_of
+from vllm_toptheta.kernels.sketch import Sketch
 from vllm_toptheta.kernels.triton.checks import (
     MAX_HEADS_PER_KV_HEAD,
     NO_WINDOW,
@@ -25,9 +26,10 @@ from vllm_toptheta.kernels.triton.floor import _floor_kernel
 from vllm_toptheta.kernels.triton.gather import _gather_kernel
 from vllm_toptheta.kernels.triton.merge import _merge_kernel
 from vllm_toptheta.kernels.triton.rows import LEVELS_PADDED, STATE
-from vllm_toptheta.kernels.triton.runs import CHUNK_RUNS, PLACE, RUN
+from vllm_toptheta.kernels.triton.runs import CHUNK_RUNS, RUN
 from vllm_toptheta.kernels.triton.scan import _scan_kernel
 from vllm_toptheta.kernels.triton.select import _select_kernel
+from vllm_toptheta.kernels.triton.sketch import _centres_kernel, check_sketch
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,10 @@ class DecodeScratch:
     Attributes:
         group_max, group_sum: [num_rows, num_heads, max_groups] float32, greatest score of each
             compensation group as an exponent of 2, and its sum of exponentials.
+        centre_scores: the same of the groups' mean keys, see `sketch._centres_kernel`; None
+            without a sketch, and so are the next two.
+        query_codes: [num_rows, num_heads, head_dim] int8.
+        query_steps: [num_rows, num_heads] float32, what a code of 1 is.
         run_steps: [num_rows, num_heads, runs] uint8, see `runs._count_steps`.
         state: [num_rows, num_heads, 3] float32, see `rows.STATE`.
         best_run: [num_rows, num_heads] int32, run of the best key.
@@ -59,6 +65,9 @@ class DecodeScratch:
 
     group_max: Tensor
     group_sum: Tensor
+    centre_scores: Tensor | None
+    query_codes: Tensor | None
+    query_steps: Tensor | None
     run_steps: Tensor
     state: Tensor
     best_run: Tensor
@@ -88,19 +97,23 @@ class DecodeScratch:
         head_dim: int,
         block_size: int,
         device: torch.device | str,
+        sketch: bool = False,
     ) -> "DecodeScratch":
         """Room for batches of up to `num_rows` rows, `num_parts` (row, split) pairs and `max_len`
-        keys a row."""
+        keys a row; with a sketch of K or without."""
         max_longs = -(-max_len // LONG_GROUP)
 
         def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(*sizes, dtype=dtype, device=device)
 
         max_keys, int32 = max_longs * LONG_GROUP, torch.int32
-        groups = empty(2, num_rows, num_heads, max_keys // group_size_of(block_size))
+        groups = empty(2 + sketch, num_rows, num_heads, max_keys // group_size_of(block_size))
         return cls(
             group_max=groups[0],
             group_sum=groups[1],
+            centre_scores=groups[2] if sketch else None,
+            query_codes=empty(num_rows, num_heads, head_dim, dtype=torch.int8) if sketch else None,
+            query_steps=empty(num_rows, num_heads) if sketch else None,
             run_steps=empty(num_rows, num_heads, max_keys // RUN.value, dtype=torch.uint8),
             state=empty(num_rows, num_heads, STATE.value),
             best_run=empty(num_rows, num_heads, dtype=int32),
@@ -140,6 +153,7 @@ def decode_attention(
     scratch: DecodeScratch,
     num_splits: int,
     config: LaunchConfig,
+    sketch: Sketch | None = None,
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
@@ -178,6 +192,8 @@ def decode_attention(
         scratch: room for the batch.
         num_splits: parts a row is cut into.
         config: launch parameters.
+        sketch: of K, as views of its pages, which rows that are not dense scan in its place; None
+            for none. See `sketch.check_sketch`.
         window: a row sees its last `window` keys; None for all.
         soft_cap: scores become soft_cap * tanh(score / soft_cap); None for none.
         sinks: [num_heads] float32, an extra logit in the denominator; None for none.
@@ -198,7 +214,13 @@ def decode_attention(
             f"config.tile must be whole groups of {group_size} keys and divide {LONG_GROUP}, got "
             f"{config.tile}"
         )
-    _check_places(key_cache)
+    if sketch is not None:
+        check_sketch(sketch, key_cache)
+        if scratch.centre_scores is None or config.tile != group_size:
+            raise ValueError(
+                f"with a sketch of K config.tile must be {group_size}, got {config.tile}, and "
+                "scratch allocated with one"
+            )
     _check_room(scratch, num_seqs, num_splits)
     check_contiguous(
         (
@@ -221,6 +243,9 @@ def decode_attention(
     max_groups = scratch.group_max.shape[2]
     scored = (sm_scale, soft_cap or 0.0, span)
     strides = (query.stride(0), block_table.stride(0), *key_cache.stride()[:3])
+    codes, scales, centres, bounds = sketch or (None,) * 4
+    page = 0 if codes is None else codes.stride(0)
+    strides += (page,)
     sizes = {
         "HEADS": heads,
         "HEADS_PADDED": MAX_HEADS_PER_KV_HEAD,
@@ -231,17 +256,43 @@ def decode_attention(
         "TILE": config.tile,
         "SOFT_CAP": bool(soft_cap),
         "SCALED": k_scale is not None,
+        "SKETCH": sketch is not None,
         "num_warps": config.num_warps,
     }
     grid = (num_kv_heads, num_splits, num_seqs)
+    sketched = (scratch.query_codes, scratch.query_steps, scratch.centre_scores)
+    if sketch is not None:
+        _centres_kernel[grid](
+            query,
+            centres,
+            bounds,
+            block_table,
+            seq_lens,
+            dense,
+            *sketched,
+            sm_scale,
+            span,
+            max_groups,
+            *strides[:2],
+            page,
+            HEADS=heads,
+            HEADS_PADDED=MAX_HEADS_PER_KV_HEAD,
+            HEAD_DIM=head_dim,
+            DIM_PADDED=triton.next_power_of_2(head_dim),
+            BLOCK_SIZE=block_size,
+            num_warps=4,
+        )
     scans = min(num_splits * config.scans_per_split, MAX_SPLITS)
     _scan_kernel[(num_kv_heads, scans, num_seqs)](
         query,
         key_cache,
+        codes,
+        scales,
         block_table,
         seq_lens,
         dense,
         k_scale,
+        *sketched,
         scratch.group_max,
         scratch.group_sum,
         scratch.run_steps,
@@ -277,10 +328,13 @@ def decode_attention(
     _floor_kernel[grid](
         query,
         key_cache,
+        codes,
+        scales,
         block_table,
         seq_lens,
         dense,
         k_scale,
+        *sketched,
         scratch.group_max,
         scratch.run_steps,
         *chosen,
@@ -296,6 +350,8 @@ def decode_attention(
     _gather_kernel[grid](
         query,
         key_cache,
+        codes,
+        scales,
         value_cache,
         v_means,
         block_table,
@@ -304,6 +360,7 @@ def decode_attention(
         min_mass,
         weights,
         k_scale,
+        *sketched,
         scratch.group_max,
         scratch.group_sum,
         scratch.run_steps,
@@ -349,15 +406,6 @@ def decode_attention(
         SCALED=v_scale is not None,
         num_warps=4,
     )
-
-
-def _check_places(cache: Tensor) -> None:
-    block, _, slot, _ = cache.stride()
-    if block % PLACE.value or slot % PLACE.value or len(cache) * block >= PLACE.value << 31:
-        raise ValueError(
-            f"pages and slots of the cache must lie multiples of {PLACE.value} elements apart, "
-            f"within {PLACE.value << 31}, got {len(cache)} pages of {block} and slots of {slot}"
-        )
 
 
 def _check_room(scratch: DecodeScratch, num_seqs: int, num_splits: int) -> None:

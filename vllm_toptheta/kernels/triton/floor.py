@@ -23,6 +23,7 @@ from vllm_toptheta.kernels.triton.runs import (
     _list_runs,
     _score_runs,
 )
+from vllm_toptheta.kernels.triton.sketch import _load_codes
 from vllm_toptheta.kernels.triton.tiles import LOG2E, _fit_query
 
 
@@ -35,10 +36,15 @@ from vllm_toptheta.kernels.triton.tiles import LOG2E, _fit_query
 def _floor_kernel(
     query_ptr,
     key_ptr,
+    code_ptr,
+    scale_ptr,
     block_table_ptr,
     seq_lens_ptr,
     dense_ptr,
     k_scale_ptr,
+    query_codes_ptr,
+    query_steps_ptr,
+    centre_score_ptr,
     group_max_ptr,
     run_steps_ptr,
     state_ptr,
@@ -57,6 +63,7 @@ def _floor_kernel(
     key_block_stride,
     key_head_stride,
     key_slot_stride,
+    sketch_block_stride,
     HEADS: tl.constexpr,
     HEADS_PADDED: tl.constexpr,
     LIST_PADDED: tl.constexpr,
@@ -67,6 +74,7 @@ def _floor_kernel(
     TILE: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     SCALED: tl.constexpr,
+    SKETCH: tl.constexpr,
 ):
     """One split of a row for one kv head; runs that keep nothing at the last level are not on the
     list."""
@@ -92,6 +100,15 @@ def _floor_kernel(
     if SCALED:
         scale = scale * tl.load(k_scale_ptr)
     query, scale = _fit_query(query, scale, key_ptr)
+    codes_of_query, factor = query, scale
+    if SKETCH:
+        codes_of_query, factor = _load_codes(
+            query_codes_ptr, query_steps_ptr, pair, HEADS, HEADS_PADDED, HEAD_DIM, DIM_PADDED
+        )
+        factor *= scale
+        code_ptr += kv_head.to(tl.int64) * (BLOCK_SIZE * HEAD_DIM)
+        scale_ptr += kv_head.to(tl.int64) * (BLOCK_SIZE // GROUP_SIZE)
+        centre_score_ptr += pair * HEADS * max_groups
     key_ptr += kv_head.to(tl.int64) * key_head_stride
     block_table_ptr += seq * block_table_stride
     lse, cut = _load_state(state_ptr, rows, is_head)
@@ -115,8 +132,6 @@ def _floor_kernel(
             run_mass_ptr,
             pair,
             max_groups,
-            key_block_stride,
-            key_slot_stride,
             chunk * (LONG_GROUP // GROUP_SIZE),
             tl.minimum(chunk + CHUNK_KEYS // LONG_GROUP, long_end) * (LONG_GROUP // GROUP_SIZE),
             begin,
@@ -133,17 +148,29 @@ def _floor_kernel(
                 key_ptr,
                 list_ptr,
                 place_ptr,
+                codes_of_query,
+                factor,
+                code_ptr,
+                scale_ptr,
+                centre_score_ptr,
                 tile,
                 listed,
                 begin,
                 seq_len,
                 scale,
                 soft_cap,
+                max_groups,
+                key_block_stride,
                 key_slot_stride,
+                sketch_block_stride,
+                HEADS,
                 HEAD_DIM,
                 DIM_PADDED,
+                BLOCK_SIZE,
+                GROUP_SIZE,
                 TILE,
                 SOFT_CAP,
+                SKETCH,
             )
             margin = tl.max(scores - cut[:, None], 0)
             always = _always_kept(scores, run, best_run, position, begin, seq_len, GROUP_SIZE)

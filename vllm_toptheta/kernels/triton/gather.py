@@ -26,6 +26,7 @@ from vllm_toptheta.kernels.triton.runs import (
     _list_runs,
     _score_runs,
 )
+from vllm_toptheta.kernels.triton.sketch import _load_codes
 from vllm_toptheta.kernels.triton.tiles import (
     LOG2E,
     _dot_means,
@@ -165,6 +166,8 @@ def _sum_means(
 def _gather_kernel(
     query_ptr,
     key_ptr,
+    code_ptr,
+    scale_ptr,
     value_ptr,
     means_ptr,
     block_table_ptr,
@@ -173,6 +176,9 @@ def _gather_kernel(
     min_mass_ptr,
     weights_ptr,
     k_scale_ptr,
+    query_codes_ptr,
+    query_steps_ptr,
+    centre_score_ptr,
     group_max_ptr,
     group_sum_ptr,
     run_steps_ptr,
@@ -197,6 +203,7 @@ def _gather_kernel(
     key_block_stride,
     key_head_stride,
     key_slot_stride,
+    sketch_block_stride,
     means_block_stride,
     means_head_stride,
     means_group_stride,
@@ -211,6 +218,7 @@ def _gather_kernel(
     MIN_TILES: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     SCALED: tl.constexpr,
+    SKETCH: tl.constexpr,
 ):
     """One split of a row for one kv head.
 
@@ -247,6 +255,15 @@ def _gather_kernel(
     if SCALED:
         scale = scale * tl.load(k_scale_ptr)
     query, scale = _fit_query(query, scale, key_ptr)
+    codes_of_query, factor = query, scale
+    if SKETCH:
+        codes_of_query, factor = _load_codes(
+            query_codes_ptr, query_steps_ptr, pair, HEADS, HEADS_PADDED, HEAD_DIM, DIM_PADDED
+        )
+        factor *= scale
+        code_ptr += kv_head.to(tl.int64) * (BLOCK_SIZE * HEAD_DIM)
+        scale_ptr += kv_head.to(tl.int64) * (BLOCK_SIZE // GROUP_SIZE)
+        centre_score_ptr += pair * HEADS * max_groups
     key_ptr += kv_head.to(tl.int64) * key_head_stride
     value_ptr += kv_head.to(tl.int64) * key_head_stride
     means_ptr += kv_head.to(tl.int64) * means_head_stride
@@ -327,8 +344,6 @@ def _gather_kernel(
                 run_mass_ptr,
                 pair,
                 max_groups,
-                key_block_stride,
-                key_slot_stride,
                 chunk * PER_LONG,
                 chunk_end * PER_LONG,
                 begin,
@@ -340,22 +355,34 @@ def _gather_kernel(
                 GROUP_SIZE,
             )
             for tile in range(tl.cdiv(listed, TILE // RUN)):
-                scores, run, place, key, position, visible = _score_runs(
+                scores, run, block, slot, position, visible = _score_runs(
                     query,
                     key_ptr,
                     list_ptr,
                     place_ptr,
+                    codes_of_query,
+                    factor,
+                    code_ptr,
+                    scale_ptr,
+                    centre_score_ptr,
                     tile,
                     listed,
                     begin,
                     seq_len,
                     scale,
                     soft_cap,
+                    max_groups,
+                    key_block_stride,
                     key_slot_stride,
+                    sketch_block_stride,
+                    HEADS,
                     HEAD_DIM,
                     DIM_PADDED,
+                    BLOCK_SIZE,
+                    GROUP_SIZE,
                     TILE,
                     SOFT_CAP,
+                    SKETCH,
                 )
                 kept = tl.max(scores - cut[:, None], 0) >= -level
                 kept |= _always_kept(scores, run, best_run, position, begin, seq_len, GROUP_SIZE)
@@ -367,7 +394,14 @@ def _gather_kernel(
                 of_runs = tl.sum(tl.reshape(probs, [HEADS_PADDED, RUNS, RUN]), 2)
                 _store_masses(run_mass_ptr, list_ptr, tile, listed, first_run, of_runs, is_head)
                 value = _load_rows(
-                    value_ptr, place, key, kept, 1, key_slot_stride, HEAD_DIM, DIM_PADDED
+                    value_ptr,
+                    block,
+                    slot,
+                    kept,
+                    key_block_stride,
+                    key_slot_stride,
+                    HEAD_DIM,
+                    DIM_PADDED,
                 )
                 acc = tl.dot(probs.to(query.dtype), value.to(query.dtype), acc)
             # What other threads of this program stored about runs is read next.

@@ -3,13 +3,12 @@
 # Arguments of jit functions have no Python types.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from vllm_toptheta.kernels.layout import group_size_of
-from vllm_toptheta.kernels.triton.checks import check_means
+from vllm_toptheta.kernels.triton.checks import check_means, check_slots
 
 
 # What varies from step to step, or between layers, is not specialised: a new value would mean a
@@ -79,11 +78,7 @@ def update_v_means(value_cache: Tensor, v_means: Tensor, slot_mapping: Tensor) -
     """
     _, num_kv_heads, block_size, head_dim = value_cache.shape
     check_means(v_means, value_cache, v_means.dtype)
-    if slot_mapping.dtype != torch.int64 or slot_mapping.dim() != 1:
-        raise ValueError(
-            f"slot_mapping must be [num_tokens] int64, got {list(slot_mapping.shape)} "
-            f"{slot_mapping.dtype}"
-        )
+    check_slots(slot_mapping)
     if slot_mapping.shape[0] == 0:
         return
     _update_v_means_kernel[(slot_mapping.shape[0], num_kv_heads)](

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from vllm_toptheta.kernels.triton.rows import _load_state
+from vllm_toptheta.kernels.triton.sketch import _sketched_scores
 from vllm_toptheta.kernels.triton.tiles import _log2_scores
 
 RUN = tl.constexpr(8)
@@ -23,10 +24,6 @@ CHUNK_KEYS = tl.constexpr(8192)
 """
 
 CHUNK_RUNS = tl.constexpr(CHUNK_KEYS.value // RUN.value)
-
-PLACE = tl.constexpr(16)
-"""Elements that places of rows in the cache are counted in: 32 bits are enough, and the compiler
-sees that loads may be wide."""
 
 _STEPS = tl.constexpr(8)
 """Steps of an octave in which a run's greatest score lies below its group's."""
@@ -61,8 +58,6 @@ def _list_runs(
     mass_ptr,
     pair,
     max_groups,
-    key_block_stride,
-    key_slot_stride,
     first,
     last,
     begin,
@@ -80,8 +75,8 @@ def _list_runs(
     Args:
         block_table_ptr: of the row.
         list_ptr: of this program, [CHUNK_RUNS], written: the runs.
-        place_ptr: of this program, [CHUNK_RUNS], written: where their first keys are, in PLACE
-            elements.
+        place_ptr: of this program, [CHUNK_RUNS], written: where in the cache they are, counted in
+            runs.
         mass_ptr: of this program, [HEADS, CHUNK_RUNS], set to 0.
         LIST_PADDED: HEADS as a power of 2.
 
@@ -128,11 +123,11 @@ def _list_runs(
         wanted = tl.reshape(wanted, [AT_ONCE])
         entry = listed + tl.cumsum(wanted, 0) - 1
         block = tl.load(block_table_ptr + start // BLOCK_SIZE, mask=visible, other=0)
-        key = block.to(tl.int64) * key_block_stride + start % BLOCK_SIZE * key_slot_stride
-        key = (key // PLACE).to(tl.int32)[:, None] + (of_run * (RUN * key_slot_stride // PLACE))
+        first_run = block * (BLOCK_SIZE // RUN) + start % BLOCK_SIZE // RUN
+        in_cache = first_run[:, None] + of_run[None, :]
         run = at * RUNS + tl.arange(0, AT_ONCE)
         tl.store(list_ptr + entry, run, mask=wanted > 0)
-        tl.store(place_ptr + entry, tl.reshape(key, [AT_ONCE]), mask=wanted > 0)
+        tl.store(place_ptr + entry, tl.reshape(in_cache, [AT_ONCE]), mask=wanted > 0)
         mass = (head * CHUNK_RUNS)[:, None, None] + ((group - first) * RUNS)[None, :, None]
         tl.store(
             mass_ptr + mass + of_run[None, None, :],
@@ -150,48 +145,109 @@ def _score_runs(
     key_ptr,
     list_ptr,
     place_ptr,
+    codes_of_query,
+    factor,
+    code_ptr,
+    scale_ptr,
+    centre_score_ptr,
     tile,
     listed,
     begin,
     seq_len,
     scale,
     soft_cap,
+    max_groups,
+    key_block_stride,
     key_slot_stride,
+    sketch_block_stride,
+    HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     SOFT_CAP: tl.constexpr,
+    SKETCH: tl.constexpr,
 ):
-    """Scores of a tile of listed runs.
+    """Scores of a tile of listed runs, the same as `scan`'s.
+
+    Args:
+        centre_score_ptr: of the row and kv head, [HEADS, max_groups], from `_centres_kernel`.
 
     Returns:
-        Scores [heads, TILE], -inf where hidden; and of each lane, [TILE]: its run or -2, where in
-        the cache that starts, its key in it, its position, and whether the row sees it.
+        Scores [heads, TILE], -inf where hidden; and of each lane, [TILE]: its run or -2, its block
+        and slot in the cache, its position, and whether the row sees it.
     """
     lane = tl.arange(0, TILE)
     entry = tile * (TILE // RUN) + lane // RUN
     is_listed = entry < listed
     run = tl.load(list_ptr + entry, mask=is_listed, other=-2)
-    place = tl.load(place_ptr + entry, mask=is_listed, other=0).to(tl.int64) * PLACE
-    key = lane % RUN
-    position = run * RUN + key
+    place = tl.load(place_ptr + entry, mask=is_listed, other=0)
+    block = place // (BLOCK_SIZE // RUN)
+    slot = place % (BLOCK_SIZE // RUN) * RUN + lane % RUN
+    position = run * RUN + lane % RUN
     visible = (position >= begin) & (position < seq_len)
-    scores = _log2_scores(
-        query,
-        key_ptr,
-        place,
-        key,
-        is_listed,
-        scale,
-        soft_cap,
-        1,
-        key_slot_stride,
-        HEAD_DIM,
-        DIM_PADDED,
-        SOFT_CAP,
-    )
+    if SKETCH:
+        head = tl.arange(0, query.shape[0])
+        group = run // (GROUP_SIZE // RUN)
+        # Of a kv head's query heads all or none.
+        first_centre = tl.load(centre_score_ptr + group, mask=is_listed, other=0.0)
+        by_key = is_listed & (first_centre == float("inf"))
+        by_sketch = is_listed & (first_centre < float("inf"))
+        centre = tl.load(
+            centre_score_ptr + (head * max_groups)[:, None] + group[None, :],
+            mask=(head < HEADS)[:, None] & by_sketch[None, :],
+            other=0.0,
+        )
+        of_group = block.to(tl.int64) * (sketch_block_stride // 4) + slot // GROUP_SIZE
+        step = tl.load(scale_ptr + of_group, mask=by_sketch, other=0.0)
+        scores = _sketched_scores(
+            codes_of_query,
+            factor[:, None] * step[None, :],
+            centre,
+            code_ptr,
+            block,
+            slot,
+            by_sketch,
+            soft_cap,
+            sketch_block_stride,
+            HEAD_DIM,
+            DIM_PADDED,
+            SOFT_CAP,
+        )
+        if tl.max(by_key.to(tl.int32), 0) > 0:
+            exact = _log2_scores(
+                query,
+                key_ptr,
+                block,
+                slot,
+                by_key,
+                scale,
+                soft_cap,
+                key_block_stride,
+                key_slot_stride,
+                HEAD_DIM,
+                DIM_PADDED,
+                SOFT_CAP,
+            )
+            scores = tl.where(by_key[None, :], exact, scores)
+    else:
+        scores = _log2_scores(
+            query,
+            key_ptr,
+            block,
+            slot,
+            is_listed,
+            scale,
+            soft_cap,
+            key_block_stride,
+            key_slot_stride,
+            HEAD_DIM,
+            DIM_PADDED,
+            SOFT_CAP,
+        )
     scores = tl.where(visible[None, :], scores, float("-inf"))
-    return scores, run, place, key, position, visible
+    return scores, run, block, slot, position, visible
 
 
 @triton.jit

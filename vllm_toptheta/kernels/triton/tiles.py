@@ -30,6 +30,15 @@ def _fit_query(query, scale, key_ptr):
 
 
 @triton.jit
+def _cap(scores, soft_cap, SOFT_CAP: tl.constexpr):
+    """Scores as exponents of 2, capped where SOFT_CAP; soft_cap is in natural units."""
+    if SOFT_CAP:
+        # tanh(x) = 1 - 2 / (1 + exp(2x)); exp may overflow to inf, which is the right limit.
+        scores = (soft_cap * LOG2E) * (1.0 - 2.0 / (1.0 + tl.exp2(scores * (2.0 / soft_cap))))
+    return scores
+
+
+@triton.jit
 def _log2_scores(
     query,
     key_ptr,
@@ -63,11 +72,7 @@ def _log2_scores(
     if HEAD_DIM != DIM_PADDED:
         mask = mask & (dim < HEAD_DIM)[:, None]
     key = tl.load(pointers, mask=mask, other=0.0)
-    scores = tl.dot(query, key.to(query.dtype)) * scale
-    if SOFT_CAP:
-        # tanh(x) = 1 - 2 / (1 + exp(2x)); exp may overflow to inf, which is the right limit.
-        scores = (soft_cap * LOG2E) * (1.0 - 2.0 / (1.0 + tl.exp2(scores * (2.0 / soft_cap))))
-    return scores
+    return _cap(tl.dot(query, key.to(query.dtype)) * scale, soft_cap, SOFT_CAP)
 
 
 @triton.jit
