@@ -121,18 +121,18 @@ def test_the_carried_kernel_and_all_benchmarks_run_without_vllm(
     assert found["skipped"] == []
     kinds = ["speed", "dense speed", "mixed speed", "prompt speed"]
     records = found["records"]
-    names = ["decode", "prompts", "determinism", *kinds, *kinds]
+    names = ["decode", "sketched", "prompts", "determinism", *kinds, *kinds]
     assert [record["check"] for record in records] == names
     assert all(record["ok"] for record in records)
-    for record in records[3:]:
+    for record in records[4:]:
         assert record["left_out"] == {}, record
         assert "vllm triton" in record["ms"], record
         assert all(points == [None] * 3 for points in record["ms"].values()), "a time of nothing"
         assert ("sdpa math" in record["ms"]) == (
             record["cache"] == "float16" and record["check"] != "mixed speed"
         )
-    assert [record["cache"] for record in records[3:]] == ["float16"] * 4 + ["float8_e4m3fn"] * 4
-    assert all(record["kept"] < 1 for record in records[3:] if "min_prob" in record)
+    assert [record["cache"] for record in records[4:]] == ["float16"] * 4 + ["float8_e4m3fn"] * 4
+    assert all(record["kept"] < 1 for record in records[4:] if "min_prob" in record)
     assert "| 1 x 70 | 2 | float8_e4m3fn | 0.02 | toptheta dense | – | – | – |" in done.stdout
 
 

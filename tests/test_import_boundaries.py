@@ -34,7 +34,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "kernels.cpu": ({"torch"}, {"kernels"}),
     "kernels.triton": (
         {"torch", "triton"},
-        {"kernels.columns", "kernels.layout", "kernels.triton"},
+        {"kernels.columns", "kernels.layout", "kernels.sketch", "kernels.triton"},
     ),
     "testing": ({"torch"}, {"kernels"}),
     "calibration": (
@@ -99,6 +99,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
             "kernels.decode",
             "kernels.layout",
             "kernels.ops",
+            "kernels.sketch",
             "model_identity",
             "requests",
             "telemetry",

@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("vllm", reason="needs an installed vLLM")
 pytest.importorskip("triton")
 
+import gpu_engine  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from asked import resolve  # noqa: E402
@@ -29,6 +30,7 @@ from gpu_engine import (  # noqa: E402
 from triton_interpreter import needs_interpreter  # noqa: E402
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata  # noqa: E402
 
+from vllm_toptheta.backend.gpu import TopThetaGPUBackend, TopThetaGPUSketchBackend  # noqa: E402
 from vllm_toptheta.hooks import model_runner  # noqa: E402
 from vllm_toptheta.kernels.columns import (  # noqa: E402
     COLUMNS,  # noqa: E402
@@ -43,12 +45,16 @@ pytestmark = needs_interpreter
 KERNELS = [name for name in vars(decode) if name.endswith("_kernel")]
 
 
-def test_a_replayed_graph_sees_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sketch", [False, True])
+def test_a_replayed_graph_sees_the_next_step(monkeypatch: pytest.MonkeyPatch, sketch: bool) -> None:
     """Between capture and replay only the contents of tensors may change, never an argument of a
     launch.
     """
-    builder, impls = make_builder(monkeypatch)
-    batch = Batch([70, 33, 1, 1], [1, 1, 1, 1])
+    if sketch:
+        monkeypatch.setattr(gpu_engine, "BLOCK", 64)
+    builder, impls = make_builder(monkeypatch, k_sketch=sketch)
+    backend = TopThetaGPUSketchBackend if sketch else TopThetaGPUBackend
+    batch = Batch([70, 33, 1, 1], [1, 1, 1, 1], backend=backend)
     common, output = batch.common(), torch.empty_like(batch.case.query)
 
     def launched(metadata: Any) -> dict[str, list[Any]]:
@@ -60,7 +66,8 @@ def test_a_replayed_graph_sees_the_next_step(monkeypatch: pytest.MonkeyPatch) ->
 
     captured = launched(builder.build_for_cudagraph_capture(common))
     assert common.seq_lens.tolist() == [1] * 4
-    assert {len(calls) for calls in captured.values()} == {1}
+    once = dict.fromkeys(KERNELS, 1) | {"_centres_kernel": int(sketch)}
+    assert {name: len(calls) for name, calls in captured.items()} == once
     common.seq_lens.copy_(torch.tensor([5, 64, 0, 0]))
     common.is_prefilling = torch.tensor([True, False, False, False])
     asked = resolve(builder.plan, {1: RequestOptions(min_prob=0.2)})

@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip("vllm", reason="needs an installed vLLM")
 pytest.importorskip("triton")
 
+import gpu_engine  # noqa: E402
 import torch  # noqa: E402
 from gpu_engine import (  # noqa: E402
     HEAD_DIM,
@@ -23,14 +24,15 @@ from gpu_engine import (  # noqa: E402
 )
 from triton_interpreter import needs_interpreter  # noqa: E402
 
+from vllm_toptheta.backend.gpu import TopThetaGPUBackend, TopThetaGPUSketchBackend  # noqa: E402
 from vllm_toptheta.backend.gpu_warmup import warm_up  # noqa: E402
-from vllm_toptheta.kernels.triton import counts, decode, means, prefill  # noqa: E402
+from vllm_toptheta.kernels.triton import counts, decode, means, prefill, sketch  # noqa: E402
 
 pytestmark = needs_interpreter
 
 KERNELS = {
     name: module
-    for module in (counts, decode, means, prefill)
+    for module in (counts, sketch, means, prefill, decode)
     for name in vars(module)
     if name.endswith("_kernel")
 }
@@ -63,12 +65,24 @@ def test_its_row_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not builder.heads.sums.any()
 
 
-@pytest.mark.parametrize("phases", ["decode", "both"])
+@pytest.mark.parametrize(
+    ("options", "without"),
+    [
+        ({"phases": "decode"}, {"_prefill_kernel", "_centres_kernel", "_update_sketch_kernel"}),
+        ({"phases": "both"}, {"_centres_kernel", "_update_sketch_kernel"}),
+        ({"phases": "both", "k_sketch": True}, set()),
+    ],
+    ids=str,
+)
 def test_every_kernel_of_a_step_is_compiled_before(
-    monkeypatch: pytest.MonkeyPatch, phases: str
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], without: set[str]
 ) -> None:
     stub_stock_kernels(monkeypatch)
-    config = configure(phases=phases)
+    backend = TopThetaGPUBackend
+    if "k_sketch" in options:
+        monkeypatch.setattr(gpu_engine, "BLOCK", 64)
+        backend = TopThetaGPUSketchBackend
+    config = configure(**options)
     layers = [
         make_layer(config, NAMES[0]),
         make_layer(config, NAMES[1], sinks=torch.zeros(HEADS)),
@@ -80,7 +94,7 @@ def test_every_kernel_of_a_step_is_compiled_before(
 
     def serve() -> None:
         for queries in ([1, 1, 1], [1, 1, 40], [40, 30]):
-            batch = Batch([70] * len(queries), queries)
+            batch = Batch([70] * len(queries), queries, backend=backend)
             metadata, step = recorded_build(builder, batch.common())
             query = torch.zeros(sum(queries), HEADS, HEAD_DIM, dtype=torch.bfloat16)
             for layer in layers:
@@ -88,5 +102,5 @@ def test_every_kernel_of_a_step_is_compiled_before(
             step.totals()
 
     served = constants(monkeypatch, serve)
-    assert set(served) == set(KERNELS) - (set() if phases == "both" else {"_prefill_kernel"})
+    assert set(served) == set(KERNELS) - without
     assert compiled == served

@@ -192,16 +192,6 @@ def test_too_little_scratch_is_refused() -> None:
         _check_room(scratch, 1, 257)
 
 
-def test_a_cache_whose_rows_cannot_be_counted_in_places_is_refused() -> None:
-    from vllm_toptheta.kernels.triton.decode import _check_places
-
-    flat = torch.empty(4096)
-    for block, slot in ((1032, 32), (1024, 40)):
-        with pytest.raises(ValueError, match=f"2 pages of {block} and slots of {slot}"):
-            _check_places(flat.as_strided((2, 1, 16, 32), (block, 512, slot, 1)))
-    _check_places(flat.as_strided((2, 1, 16, 32), (1024, 512, 32, 1)))
-
-
 def test_a_tile_of_part_of_a_group_is_refused() -> None:
     with pytest.raises(ValueError, match="whole groups of 64 keys and divide 256, got 32"):
         run(make_case(spec(lens=(20,))), tile=32)

@@ -244,7 +244,7 @@ def decode_attention(
     scored = (sm_scale, soft_cap or 0.0, span)
     strides = (query.stride(0), block_table.stride(0), *key_cache.stride()[:3])
     codes, scales, centres, bounds = sketch or (None,) * 4
-    page = 0 if codes is None else codes.stride(0)
+    page = 0 if sketch is None else key_cache.stride(0) * key_cache.element_size()
     strides += (page,)
     sizes = {
         "HEADS": heads,
