@@ -12,7 +12,8 @@ pytest.importorskip("triton")
 
 def test_the_bound_is_that_of_the_bytes() -> None:
     from benchmarks.gpu.bench import byte_bound
-    from benchmarks.gpu.lib import E4M3, Shape
+    from benchmarks.gpu.lib import E4M3
+    from benchmarks.gpu.shape import Shape
 
     shape = Shape((32768,) * 8)
     assert byte_bound(shape, 0.1) == pytest.approx(2 / (1 + 1 / 10 + 1 / 64))
@@ -24,7 +25,7 @@ def test_the_bound_is_that_of_the_bytes() -> None:
 
 def test_speed_is_against_the_fastest_dense_kernel() -> None:
     from benchmarks.gpu.bench import speed
-    from benchmarks.gpu.lib import Shape
+    from benchmarks.gpu.shape import Shape
 
     shape = Shape((32768,) * 8)  # 1.07 GB
     times = {"slow": (3.0, 3.0, 3.0), "fast": (0.5, 1.0, 2.0), "toptheta": (0.6, 0.625, 0.7)}

@@ -289,7 +289,8 @@ def test_prompts_and_floors_and_launch_parameters(
 
 
 def test_clustered_keys_are_alike_in_runs_and_as_random_by_themselves(machine: Any) -> None:
-    from benchmarks.gpu.lib import CLUSTER, CLUSTERED, Batch
+    from benchmarks.gpu.lib import Batch
+    from benchmarks.gpu.shape import CLUSTER, CLUSTERED
 
     def keys(is_clustered: bool) -> torch.Tensor:
         batch = Batch(shape(lens=(2048,), is_clustered=is_clustered), machine)

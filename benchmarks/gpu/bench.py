@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.lib import E4M3, Batch, Machine, Shape
+from benchmarks.gpu.lib import E4M3, Batch, Machine
 from benchmarks.gpu.rivals import Rival, VllmTriton, sdpa_rivals
+from benchmarks.gpu.shape import Shape
 from vllm_toptheta.kernels.layout import group_size_of
 from vllm_toptheta.kernels.sketch import GPU_GROUP
 

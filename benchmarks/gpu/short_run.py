@@ -27,9 +27,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu import bench, cases, check
-from benchmarks.gpu.lib import E4M3, Batch, Machine, Shape
+from benchmarks.gpu.lib import E4M3, Batch, Machine
 from benchmarks.gpu.report import Record, Report
 from benchmarks.gpu.rivals import VllmTriton
+from benchmarks.gpu.shape import Shape
 
 SECONDS = {"probe": 280, "results": 210, "table": 210, "decode": 150}
 DECODE = [(8192,), (32768,), (32768,) * 8, (8192,) * 16]
