@@ -12,7 +12,7 @@ from benchmarks.gpu.lib import E4M3, Batch, Machine
 from benchmarks.gpu.rivals import Rival, VllmTriton, sdpa_rivals
 from benchmarks.gpu.shape import Shape
 from vllm_toptheta.kernels.layout import group_size_of
-from vllm_toptheta.kernels.sketch import GPU_GROUP
+from vllm_toptheta.kernels.sketch import GPU_GROUP, gpu_bytes
 
 OURS, OUR_DENSE = "toptheta", "toptheta dense"
 COLD_BYTES = 256 << 20
@@ -179,8 +179,7 @@ def byte_bound(shape: Shape, kept: float) -> float:
     key_bytes, head_dim = shape.stored.itemsize, shape.head_dim
     keys = 1.0
     if shape.has_sketch:
-        of_group = (head_dim * key_bytes + 8) / GPU_GROUP
-        keys = (head_dim + 4 + of_group) / (head_dim * key_bytes)
+        keys = gpu_bytes(1, GPU_GROUP, head_dim) / (GPU_GROUP * head_dim * key_bytes)
     pruned = sum(length for length in shape.lens if length > shape.min_kv_len) / sum(shape.lens)
     means = shape.dtype.itemsize / shape.stored.itemsize / group_size_of(shape.block_size)
     return 2 / (keys + kept + means * pruned)

@@ -17,7 +17,7 @@ from vllm_toptheta.kernels.sketch import GPU_GROUP, Sketch
 from vllm_toptheta.kernels.sketch import SKETCH_ERROR as _SKETCH_ERROR
 from vllm_toptheta.kernels.triton.checks import check_slots
 from vllm_toptheta.kernels.triton.rows import LONG_GROUP, _load_query, _long_range
-from vllm_toptheta.kernels.triton.tiles import LOG2E, _cap
+from vllm_toptheta.kernels.triton.tiles import LOG2E, _cap, _load_columns
 
 SKETCH_ERROR = tl.constexpr(_SKETCH_ERROR)
 GROUP = tl.constexpr(GPU_GROUP)
@@ -201,16 +201,9 @@ def _sketched_scores(
         centre: scores of the keys' groups, alike.
         block, offset, rows: [TILE], where the keys are, and which are read.
     """
-    dim = tl.arange(0, DIM_PADDED)
-    pointers = (
-        code_ptr
-        + (block.to(tl.int64) * sketch_block_stride + offset * HEAD_DIM)[None, :]
-        + dim[:, None]
+    codes = _load_columns(
+        code_ptr, block, offset, rows, sketch_block_stride, HEAD_DIM, HEAD_DIM, DIM_PADDED
     )
-    mask = rows[None, :]
-    if HEAD_DIM != DIM_PADDED:
-        mask = mask & (dim < HEAD_DIM)[:, None]
-    codes = tl.load(pointers, mask=mask, other=0)
     # Rounded once, in every kernel alike: scores decide what is kept.
     products = tl.dot(codes_of_query, codes).to(tl.float32)
     return _cap(tl.fma(products, factor, centre), soft_cap, SOFT_CAP)

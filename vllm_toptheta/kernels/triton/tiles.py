@@ -39,6 +39,28 @@ def _cap(scores, soft_cap, SOFT_CAP: tl.constexpr):
 
 
 @triton.jit
+def _load_columns(
+    pointer,
+    block,
+    offset,
+    rows,
+    block_stride,
+    slot_stride,
+    HEAD_DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+):
+    """Rows of K, or of its sketch, as columns [DIM_PADDED, num]; only `rows` are read."""
+    dim = tl.arange(0, DIM_PADDED)
+    pointers = (
+        pointer + (block.to(tl.int64) * block_stride + offset * slot_stride)[None, :] + dim[:, None]
+    )
+    mask = rows[None, :]
+    if HEAD_DIM != DIM_PADDED:
+        mask = mask & (dim < HEAD_DIM)[:, None]
+    return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
 def _log2_scores(
     query,
     key_ptr,
@@ -62,16 +84,9 @@ def _log2_scores(
         rows: [TILE] bool.
         soft_cap: in natural units.
     """
-    dim = tl.arange(0, DIM_PADDED)
-    pointers = (
-        key_ptr
-        + (block.to(tl.int64) * key_block_stride + offset * key_slot_stride)[None, :]
-        + dim[:, None]
+    key = _load_columns(
+        key_ptr, block, offset, rows, key_block_stride, key_slot_stride, HEAD_DIM, DIM_PADDED
     )
-    mask = rows[None, :]
-    if HEAD_DIM != DIM_PADDED:
-        mask = mask & (dim < HEAD_DIM)[:, None]
-    key = tl.load(pointers, mask=mask, other=0.0)
     return _cap(tl.dot(query, key.to(query.dtype)) * scale, soft_cap, SOFT_CAP)
 
 
