@@ -3,7 +3,8 @@
 //
 // A row is one (sequence, kv head): scan, select, gather (row.h). One that fits a task is computed at once, while its
 // scores are in cache. The others are cut twice, by pages for the scan and by V rows for the gather; whoever finishes
-// the last part of a scan selects, and whoever finishes the last part of a gather adds the parts, in their order.
+// the last part of a scan selects, and whoever finishes the last part of a gather adds the parts, in their order. The
+// last rows of a sequence, one a thread, are scanned side by side, so that their selections are, too.
 #include <omp.h>
 
 #include "gather.h"
@@ -60,6 +61,7 @@ class Decoder {
   const ToptDecodeArgs& a;
   const Geometry<T> g;
   int num_tasks = 0, num_split_rows = 0;
+  int heads_abreast = 1;  // of a sequence, its last ones
   int32_t* first_task = nullptr;   // [num_seqs + 1]
   int32_t* first_split = nullptr;  // [num_seqs] split rows of earlier sequences
   SplitRow* split_rows = nullptr;
@@ -70,6 +72,7 @@ class Decoder {
     int64_t work = 0;
     for (int s = 0; s < a.num_seqs; s++) work += int64_t{g.num_blocks(g.span(s))} * a.num_kv_heads;
     if (a.num_threads <= 0 && work * g.B * g.D < kMinParallelWork) num_threads = 1;
+    heads_abreast = std::min(num_threads, a.num_kv_heads);
     const int64_t target = num_threads == 1 ? work : work / (int64_t{num_threads} * kTasksPerThread) + 1;
     const int64_t per_task = std::max<int64_t>({target, kMinSplitTokens / g.B, 1});
     const auto splits = [&](int seq) -> int {
@@ -121,8 +124,10 @@ class Decoder {
       (first_task[middle] <= index ? seq : high) = middle;
     }
     const int splits = (first_task[seq + 1] - first_task[seq]) / a.num_kv_heads, local = index - first_task[seq];
-    const int kv_head = local / splits;
-    return {seq, kv_head, local % splits, splits, splits > 1 ? split_rows + first_split[seq] + kv_head : nullptr};
+    const int before = a.num_kv_heads - heads_abreast, abreast = local - before * splits;
+    const int kv_head = abreast < 0 ? local / splits : before + abreast % heads_abreast;
+    const int part = abreast < 0 ? local % splits : abreast / heads_abreast;
+    return {seq, kv_head, part, splits, splits > 1 ? split_rows + first_split[seq] + kv_head : nullptr};
   }
 
   int32_t first_half(int index) const {
