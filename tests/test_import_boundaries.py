@@ -76,7 +76,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "evaluation.tasks": ({"httpx", "tqdm"}, {"evaluation.results", "evaluation.tasks"}),
     "requests": ({"pydantic"}, set()),
     "telemetry": (set(), {"kernels.columns", "requests", "telemetry"}),
-    "telemetry.totals": ({"torch"}, {"kernels.columns", "telemetry"}),
+    "telemetry.totals": ({"numpy", "torch"}, {"kernels.columns", "telemetry"}),
     "telemetry.prometheus": ({"prometheus_client"}, {"telemetry"}),
     "telemetry.ledger": ({"numpy"}, {"kernels.columns", "telemetry"}),
     "backend.gpu": (

@@ -29,7 +29,7 @@ OF_A_REQUEST = {
     "vllm_toptheta.requests.Resolved",
     "vllm_toptheta.telemetry.delivery.Choice",
     "vllm_toptheta.telemetry.delivery.Collector",
-    "vllm_toptheta.telemetry.ledger.StepRecord",
+    "vllm_toptheta.telemetry.totals.Totals",
     "vllm_toptheta.telemetry.ledger._Account",
 }
 

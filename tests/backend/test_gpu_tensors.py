@@ -147,7 +147,9 @@ def test_prompts_are_planned_and_counted_as_on_the_cpu(
     theirs.kept_mass.fill_(0.5)
     found.kept_mass.fill_(0.5)
     expected = theirs.counts()
-    unit_of = dict(zip(UNITS, builder.tensors.units.tolist(), strict=True))
+    unit_of = dict(
+        zip(UNITS, builder.tensors.rank.units(builder.tensors.device).tolist(), strict=True)
+    )
     for seq, row in enumerate(named_totals(counts)[:3]):
         counted = {column: row[column] for column in expected}
         wanted = {c: int(values[:, seq].sum()) * unit_of[c] for c, values in expected.items()}
@@ -191,7 +193,7 @@ def test_ranks_that_share_a_kv_head_count_it_once(
         num_units=1,
         device=torch.device("cpu"),
     )
-    v_rows = of_rank.units[list(UNITS).index("v_rows_read")]
+    v_rows = of_rank.rank.units(torch.device("cpu"))[list(UNITS).index("v_rows_read")]
     assert bool(v_rows) == (rank % 2 == 0)
     kv_head = rank // (HEADS // KV_HEADS)
     assert torch.equal(of_rank.weights[:, 0], held.weights[:2, rank])

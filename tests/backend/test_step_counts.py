@@ -4,6 +4,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="needs an installed vLLM")
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from threshold_fixtures import make_identity  # noqa: E402
 
@@ -36,4 +37,8 @@ def test_kv_heads_that_several_ranks_hold_are_told_by_one() -> None:
 
 
 def test_shares_are_integers_that_add_up_in_any_order() -> None:
-    assert in_units(torch.tensor([0.0, 1.0, 0.5])).tolist() == [0, MASS_UNIT, MASS_UNIT // 2]
+    assert in_units(np.array([0.0, 1.0, 0.5], dtype=np.float32)).tolist() == [
+        0,
+        MASS_UNIT,
+        MASS_UNIT // 2,
+    ]

@@ -16,7 +16,18 @@ pytest.importorskip("vllm", reason="needs an installed vLLM")
 from openai import OpenAI  # noqa: E402
 from server import Server  # noqa: E402
 
-ENV = {"VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}"}
+
+def _cpus() -> str:
+    """Of the servers that this process starts: where tests run side by side, a part of all."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    count = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    cpus = os.cpu_count() or 1
+    each = max(cpus // count, 1)
+    first = worker * each % cpus
+    return f"{first}-{first + each - 1}"
+
+
+ENV = {"VLLM_CPU_OMP_THREADS_BIND": _cpus()}
 OPTIONS = ["--dtype", "float32", "--max-model-len", "2048", "--kv-cache-memory-bytes", str(1 << 29)]
 ONE_THREAD = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 """For tiny models and interpreted kernels, whose threads wait for each other; a rank."""

@@ -2,20 +2,21 @@
 merged, and handed on between pipeline stages.
 """
 
+import pickle
 import weakref
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from vllm_toptheta.hooks import model_runner, scheduler
+from vllm_toptheta.hooks import model_runner
 from vllm_toptheta.kernels.columns import COLUMNS
 from vllm_toptheta.requests import RequestOptions, Resolved, Target, Targets
-from vllm_toptheta.telemetry.ledger import KEY, StepRecord
+from vllm_toptheta.telemetry.ledger import KEY
 from vllm_toptheta.telemetry.shield import take_failures
+from vllm_toptheta.telemetry.totals import Totals
 
 WIDTH = len(COLUMNS)
 
@@ -108,9 +109,10 @@ def options(runner: Any) -> dict[str, Resolved]:
     return engine.options
 
 
-def rows(record: Any) -> dict[str, int]:
+def rows(totals: Totals, *others: Totals) -> dict[str, int]:
+    record = totals.together(list(others))
     return {
-        name: counts[0] for name, counts in zip(record.request_ids, record.requests, strict=True)
+        name: counts[0] for name, counts in zip(totals.request_ids, record.requests, strict=True)
     }
 
 
@@ -122,9 +124,9 @@ def test_outputs_carry_the_counts_of_their_step(runner_class: Any) -> None:
     for _ in range(2):
         runner = runner_class()
         runner.execute_model(scheduled())
-        record = runner.sample_tokens(None).toptheta
-        assert rows(record) == {"a": 3, "b": 5}
-        assert [counts[0] for counts in record.layers] == [8, 0]
+        totals = runner.sample_tokens(None).toptheta
+        assert rows(totals) == {"a": 3, "b": 5}
+        assert [counts[0] for counts in totals.together([]).layers] == [8, 0]
 
 
 @pytest.mark.parametrize("runner_class", [RunnerV2], indirect=True)
@@ -148,7 +150,7 @@ def test_a_late_output_does_not_hold_the_tensors_of_its_step() -> None:
     counts = model_runner._begin(Runner(), engine)
     assert counts is not None
     assert alive() is None
-    assert rows(counts.record()) == {"a": 3, "b": 5}
+    assert rows(counts) == {"a": 3, "b": 5}
 
 
 @pytest.mark.parametrize("runner_class", [RunnerV2], indirect=True)
@@ -191,21 +193,68 @@ def test_counts_of_a_device_are_waited_for_when_the_output_is_taken(
     assert log[3:] == ["wait"]
 
 
+class Waiting(Step):
+    """A step that may be asked for its counts later."""
+
+    waits = True
+
+    def of_rank(self, *others: Any) -> torch.Tensor:
+        assert all(isinstance(other, Waiting) for other in others)
+        return torch.stack([step.totals() for step in (self, *others)]).sum(0)
+
+
+def test_steps_that_wait_are_added_up_when_they_are_asked_for(runner_class: Any) -> None:
+    runner, told = runner_class(), []
+    for counted in ([3, 5], [1, 2], [4, 0]):
+        runner.input_batch.req_ids = ["a", "b"]
+        runner_class.steps = [Waiting(counted, detail=[1]), Waiting([10, 20], detail=[1], layer=1)]
+        runner.execute_model(scheduled())
+        told.append(runner.sample_tokens(None).toptheta)
+    first, *others = told
+    assert all(one.counts is None and one.follows(first) for one in others)
+    record = first.together(others)
+    assert rows(first, *others) == {"a": 38, "b": 67}
+    assert [counts[0] for counts in record.layers] == [15, 90]
+    assert [counts[0] for counts in record.detail["b"]] == [7, 60]
+    sent = pickle.loads(pickle.dumps(first))  # to a ledger in another process
+    assert sent.follows(first)
+    assert rows(sent) == {"a": 13, "b": 25}
+
+
+def test_other_requests_do_not_follow(runner_class: Any) -> None:
+    steps = [
+        (["a", "b"], [Waiting([1, 1])]),
+        (["b", "a"], [Waiting([1, 1])]),
+        (["b", "a"], [Waiting([1, 1], detail=[0])]),
+        (["b", "a"], [Waiting([1, 1], detail=[0]), Waiting([1, 1], detail=[0])]),
+        (["b", "a"], [Step([1, 1], detail=[0])]),
+    ]
+    runner, before = runner_class(), Totals([])
+    for runner.input_batch.req_ids, runner_class.steps in steps:
+        runner.execute_model(scheduled())
+        told = runner.sample_tokens(None).toptheta
+        assert not told.follows(before)
+        assert told.follows(told)
+        before = told
+
+
 def test_several_builders_add_up_and_padding_is_dropped(runner_class: Any) -> None:
     runner_class.steps = [Step([3, 5, 9]), Step([1, 1, 9], layer=1)]
     runner = runner_class()
     runner.execute_model(scheduled())
-    record = runner.sample_tokens(None).toptheta
-    assert rows(record) == {"a": 4, "b": 6}
-    assert [counts[0] for counts in record.layers] == [17, 11]
+    totals = runner.sample_tokens(None).toptheta
+    assert rows(totals) == {"a": 4, "b": 6}
+    assert [counts[0] for counts in totals.together([]).layers] == [17, 11]
 
 
 def test_layers_of_a_request_are_told_where_it_asked(runner_class: Any) -> None:
     runner_class.steps = [Step([3, 5], detail=[1]), Step([1, 2], detail=[1], layer=1)]
     runner = runner_class()
     runner.execute_model(scheduled())
-    record = runner.sample_tokens(None).toptheta
-    assert {name: [c[0] for c in layers] for name, layers in record.detail.items()} == {"b": [5, 2]}
+    totals = runner.sample_tokens(None).toptheta
+    assert {
+        name: [c[0] for c in layers] for name, layers in totals.together([]).detail.items()
+    } == {"b": [5, 2]}
 
 
 def test_pipeline_stages_hand_their_counts_on(runner_class: Any) -> None:
@@ -227,10 +276,10 @@ def test_pipeline_stages_hand_their_counts_on(runner_class: Any) -> None:
     runner_class.steps = [Step([10, 20], layer=1)]
     last = runner_class()
     last.execute_model(scheduled(), sent)
-    record = last.sample_tokens(None).toptheta
+    totals = last.sample_tokens(None).toptheta
     assert set(sent.tensors) == {"hidden_states"}, "the model must not see the counts"
-    assert rows(record) == {"a": 13, "b": 25}
-    assert [counts[0] for counts in record.layers] == [8, 30]
+    assert rows(totals) == {"a": 13, "b": 25}
+    assert [counts[0] for counts in totals.together([]).layers] == [8, 30]
 
 
 def test_an_aborted_step_is_not_counted(runner_class: Any) -> None:
@@ -280,8 +329,8 @@ def test_a_failing_step_is_an_output_without_counts(
     take_failures("worker")
     runner_class.steps = [SimpleNamespace(totals=lambda: 1 / 0)]
     runner.execute_model(scheduled())
-    record = runner.sample_tokens(None).toptheta
-    assert (record.request_ids, record.failures) == ([], 1)
+    totals = runner.sample_tokens(None).toptheta
+    assert (totals.request_ids, totals.failures) == ([], 1)
     runner_class.steps = [Step([3, 5])]
     runner.input_batch.req_ids = ["a", "b"]
     runner.execute_model(scheduled())
@@ -324,42 +373,3 @@ def test_a_moved_runner_method_changes_nothing() -> None:
     with pytest.raises(AttributeError, match=r"Moved\.sample_tokens"):
         model_runner.wrap(Moved, count=True)
     assert Moved.execute_model is before
-
-
-def test_scheduler_outputs_keep_a_connectors_own_parameters(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    module = pytest.importorskip("vllm.v1.core.sched.scheduler", reason="needs an installed vLLM")
-    output = SimpleNamespace(request_id="a", kv_transfer_params={"remote": 1})
-    other = SimpleNamespace(request_id="b", kv_transfer_params=None)
-    config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_index=2))
-
-    class Scheduler:
-        vllm_config = config
-
-        def __init__(self) -> None:
-            self.requests = {
-                name: SimpleNamespace(client_index=client, is_finished=lambda: False)
-                for name, client in (("a", 0), ("gone", 1))
-            }
-
-        def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-            if hasattr(model_runner_output, "toptheta"):
-                del self.requests["gone"]
-            return {0: SimpleNamespace(outputs=[output, other])}
-
-    monkeypatch.setattr(module, "Scheduler", Scheduler)
-    scheduler.install()
-    made = Scheduler()
-    made.update_from_output(None, SimpleNamespace())
-    assert output.kv_transfer_params == {"remote": 1}
-    counts = [[3] + [0] * (WIDTH - 1), [4] + [0] * (WIDTH - 1)]
-    record = StepRecord(["a", "gone"], counts, np.array(counts[:1]), {})
-    outputs = made.update_from_output(None, SimpleNamespace(toptheta=record))
-    assert output.kv_transfer_params["remote"] == 1
-    assert output.kv_transfer_params["toptheta"]["new"][0] == 3
-    assert output.kv_transfer_params["toptheta"]["engine"] == 2
-    assert other.kv_transfer_params is None
-    (letter,) = outputs[1].outputs
-    assert letter.kv_transfer_params["toptheta"]["letter"]
-    assert letter.kv_transfer_params["toptheta"]["new"][0] == 4

@@ -27,7 +27,7 @@ from vllm_toptheta.kernels.columns import COLUMNS  # noqa: E402
 from vllm_toptheta.requests import Resolved  # noqa: E402
 from vllm_toptheta.telemetry import shield  # noqa: E402
 from vllm_toptheta.telemetry.counters import zeros  # noqa: E402
-from vllm_toptheta.telemetry.ledger import StepRecord  # noqa: E402
+from vllm_toptheta.telemetry.totals import Totals  # noqa: E402
 
 
 class Scheduler:
@@ -50,7 +50,7 @@ def scheduler_class(monkeypatch: pytest.MonkeyPatch) -> type:
 
 
 def run_scheduler(made: Any, **kwargs: Any) -> Any:
-    record = StepRecord(["a"], [zeros()], np.zeros((1, len(COLUMNS)), np.int64), {})
+    record = Totals(["a"], 1, 1, counts=np.zeros(2 * len(COLUMNS), np.int64))
     outputs = call(made.update_from_output, None, SimpleNamespace(toptheta=record))
     return outputs[0].outputs[0]
 

@@ -8,16 +8,18 @@ import pytest
 from vllm_toptheta.kernels.columns import COLUMNS
 from vllm_toptheta.telemetry import ledger as ledger_module
 from vllm_toptheta.telemetry.counters import add, zeros
-from vllm_toptheta.telemetry.ledger import ENGINE_LETTER, Ledger, StepRecord
+from vllm_toptheta.telemetry.ledger import ENGINE_LETTER, Ledger
+from vllm_toptheta.telemetry.totals import Totals
 
 
 def row(rows: int) -> list[int]:
     return [rows] + [0] * (len(COLUMNS) - 1)
 
 
-def record(**rows: int) -> StepRecord:
-    counts = [row(value) for value in rows.values()]
-    return StepRecord(list(rows), counts, np.array([row(sum(rows.values()))]), {})
+def record(**rows: int) -> Totals:
+    lines = [row(value) for value in rows.values()]
+    counts = np.array([*lines, row(sum(rows.values()))])
+    return Totals(list(rows), len(rows), 1, counts=counts.flatten())
 
 
 def client_of(request_id: str) -> int:
@@ -83,7 +85,7 @@ def test_layers_are_told_once_a_second_and_when_the_engine_is_empty(
 
 def test_failures_are_told_at_once_and_once() -> None:
     ledger = Ledger(engine=0)
-    ledger.add(StepRecord([], [], None, {}, failures=2), client_of)
+    ledger.add(Totals([], failures=2), client_of)
     ledger.note_failures(1)
     (letter,) = ledger.close(lambda name: True)
     assert letter.request_id == ENGINE_LETTER
@@ -94,10 +96,8 @@ def test_failures_are_told_at_once_and_once() -> None:
 def test_layers_of_requests_that_asked_are_cumulative() -> None:
     ledger = Ledger(engine=0)
     for _ in range(2):
-        ledger.add(
-            StepRecord(["a"], [row(3)], layers := np.array([row(1), row(2)]), {"a": layers}),
-            client_of,
-        )
+        counts = np.array([row(rows) for rows in (3, 1, 2, 1, 2)])
+        ledger.add(Totals(["a"], 1, 2, [0], counts.flatten()), client_of)
     content = ledger.tell("a")
     assert content is not None
     assert [counts[0] for counts in content["layers"]] == [2, 4]

@@ -23,7 +23,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-from vllm_toptheta.backend.counts import RankHeads
+from vllm_toptheta.backend.counts import DecodeCounts, RankHeads
 from vllm_toptheta.backend.cpu_layer import GroupEnds, TopThetaCPUImpl
 from vllm_toptheta.backend.cpu_step import (
     CPUStepCounts,
@@ -43,6 +43,7 @@ from vllm_toptheta.kernels.decode import DecodeRows
 from vllm_toptheta.kernels.layout import MAX_BLOCK_SIZE, Packing, PageLayout
 from vllm_toptheta.kernels.ops import Target, available_target
 from vllm_toptheta.requests import Resolved
+from vllm_toptheta.telemetry.shield import shielded
 
 logger = init_logger("vllm.toptheta.cpu")
 
@@ -156,8 +157,7 @@ class TopThetaCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         for slot, impl in enumerate(impls):
             impl.bind(slot, layout, self.dial.weights[slot], self.group_ends)
         self._choose_stock_kernels()
-        of_rank = RankHeads.of(self.plan.identity, self.num_heads, self.num_kv_heads, rank)
-        self.units = of_rank.units(device)
+        self.rank = RankHeads.of(self.plan.identity, self.num_heads, self.num_kv_heads, rank)
         self.heads = count_heads(
             vllm_config.instance_id, layers, first_head, self.num_heads, self.num_kv_heads, device
         )
@@ -205,17 +205,16 @@ class TopThetaCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             num_reqs=len(query_lens),
             num_layers=self.plan.identity.num_layers,
             detail=[row for row, asked in options.items() if asked.layers],
-            units=self.units,
+            rank=self.rank,
             decode=None,
-            rows=None,
             prompts=None,
-            prefill_lens=query_lens,
+            prefill_lens=query_lens.numpy(),
             layers=self.dial.layers,
-            heads=self.heads,
         )
+        decode = None
         if num_decodes:
             query_lens[:num_decodes] = 0
-            self._plan_decodes(cam, num_decodes, options, counts)
+            decode, counts.decode = self._plan_decodes(cam, num_decodes, options)
         prompts: PromptRows | None = None
         prefill = None
         if num_prefills:
@@ -238,34 +237,38 @@ class TopThetaCPUMetadataBuilder(CPUAttentionMetadataBuilder):
                 prefill = super().build(common_prefix_len, rest, fast_build)
         if self.plan.config.telemetry:
             model_runner.record(counts)
-        return TopThetaCPUMetadata(cam.num_actual_tokens, counts.decode, prefill, prompts)
+            with shielded("worker"):
+                if counts.decode is not None:
+                    self.heads.follow(counts.decode)
+        return TopThetaCPUMetadata(cam.num_actual_tokens, decode, prefill, prompts)
 
     def _plan_decodes(
         self,
         cam: CommonAttentionMetadata,
         num_decodes: int,
         options: dict[int, Resolved],
-        counts: CPUStepCounts,
-    ) -> None:
+    ) -> tuple[DecodeStep, DecodeCounts]:
         seq_lens = cam.seq_lens[:num_decodes]
-        rows = counts.rows = self.dial.plan(seq_lens, options)
-        per_kv_head = rows.log_min_prob.shape
-        counts.decode = DecodeStep(
-            num_decodes=num_decodes,
-            rows=DecodeRows(
-                block_table=cam.block_table_tensor[:num_decodes],
-                seq_lens=seq_lens,
-                log_min_prob=rows.log_min_prob,
-                min_mass=rows.min_mass,
-                dense=rows.dense,
-                num_kept=torch.empty(per_kv_head, dtype=torch.int32),
-                kept_mass=torch.empty((*per_kv_head[:2], self.num_heads)),
-                lifts=torch.empty(per_kv_head, dtype=torch.int32),
-            ),
-            stock=[None] * self.num_layers,
+        plan = self.dial.plan(seq_lens, options)
+        per_kv_head = plan.log_min_prob.shape
+        rows = DecodeRows(
+            block_table=cam.block_table_tensor[:num_decodes],
+            seq_lens=seq_lens,
+            log_min_prob=plan.log_min_prob,
+            min_mass=plan.min_mass,
+            dense=plan.dense,
+            num_kept=torch.empty(per_kv_head, dtype=torch.int32),
+            kept_mass=torch.empty((*per_kv_head[:2], self.num_heads)),
+            lifts=torch.empty(per_kv_head, dtype=torch.int32),
+        )
+        decode = DecodeStep(num_decodes, rows, [None] * self.num_layers)
+        counts = DecodeCounts(
+            plan.kinds, rows.num_kept.numpy(), rows.lifts.numpy(), rows.kept_mass.numpy()
         )
         if self.stock_decodes and rows.dense.any():
-            self._give_to_stock(cam, counts.decode)
+            self._give_to_stock(cam, decode)
+            counts.on_stock = rows.dense.numpy()
+        return decode, counts
 
     def _give_to_stock(self, cam: CommonAttentionMetadata, decode: DecodeStep) -> None:
         """Let CPU_ATTN run the rows that are dense."""

@@ -3,6 +3,7 @@ need of the step.
 """
 
 import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vllm_toptheta.backend.counts import StepCounts, in_units
-from vllm_toptheta.backend.dial import KindRows, RowPlan
-from vllm_toptheta.backend.heads import HeadCounts
+from vllm_toptheta.backend.counts import DecodeCounts, StepCounts, in_units
 from vllm_toptheta.backend.prompts import PromptRows, PromptStep
 from vllm_toptheta.kernels.columns import COLUMNS
 from vllm_toptheta.kernels.decode import DecodeRows
@@ -72,51 +71,54 @@ class CPUStepCounts(StepCounts):
 
     Attributes:
         decode: the decode rows, or None.
-        rows: what was planned for them, or None.
         prompts: the prompt rows of the requests after the decode rows, where they are pruned, or
             None.
         prefill_lens: [num_reqs] prompt tokens of every request in this step.
         layers: [num_layers of this builder] index into an axis of all layers.
-        heads: counts per head since the start, of this builder; updated by `lines`.
     """
 
     GROUP = "cpu_group"
 
-    decode: DecodeStep | None
-    rows: RowPlan | None
+    decode: DecodeCounts | None
     prompts: PromptStep | None
-    prefill_lens: torch.Tensor
+    prefill_lens: NDArray[np.int64]
     layers: NDArray[np.int64]
-    heads: HeadCounts
 
-    def lines(self) -> torch.Tensor:
+    @property
+    def is_small(self) -> bool:
+        return self.prompts is None  # which have elements for every token
+
+    def lines(self, *others: "CPUStepCounts") -> torch.Tensor:
         width = self.num_reqs + self.num_layers * (1 + len(self.detail))
         lines = np.zeros((width, len(COLUMNS)), dtype=np.int64)
-        if self.decode is not None and self.rows is not None:
-            self._count_decodes(self.decode, self.rows.kinds, lines)
-        if self.prompts is not None:
-            prompts = self.prompts.counts()
-            self._add_up(prompts, lines, self.num_reqs - len(self.prompts.seq_lens))
-        elif self.decode is None or self.decode.num_decodes < self.num_reqs:
-            lens = self.prefill_lens.numpy()
-            self._add_up({"dense_prefill": np.tile(lens, (len(self.layers), 1))}, lines, 0)
+        by_rows: dict[int, list[DecodeCounts]] = {}
+        for step in (self, *others):
+            num_decodes = 0
+            if step.decode is not None:
+                num_decodes = step.decode.num_rows
+                by_rows.setdefault(num_decodes, []).append(step.decode)
+            if step.prompts is not None:
+                first = self.num_reqs - len(step.prompts.seq_lens)
+                self._add_up(step.prompts.counts(), lines, first)
+            elif num_decodes < self.num_reqs:
+                lens = np.tile(step.prefill_lens, (len(self.layers), 1))
+                self._add_up({"dense_prefill": lens}, lines, 0)
+        for decodes in by_rows.values():
+            self._add_up(_counts_of(decodes), lines, 0)
         return torch.from_numpy(lines)
 
     def _add_up(
         self, counts: dict[str, NDArray[Any]], lines: NDArray[np.int64], first: int
-    ) -> NDArray[np.float64]:
-        """Write columns: what requests have in all layers, layers of all requests, and requests in
+    ) -> None:
+        """Add to columns: what requests have in all layers, layers of all requests, and requests in
         `detail` in each layer.
 
         All columns in one array: on rows this few, what costs is the number of calls.
 
         Args:
             counts: by column, [num_layers, num_rows] or [num_layers, num_rows, num_heads].
-            lines: [width, len(COLUMNS)], written.
+            lines: [width, len(COLUMNS)], added to.
             first: request of the first row.
-
-        Returns:
-            [num_layers, heads of all columns] sums over rows.
         """
         columns = [COLUMNS.index(name) for name in counts]
         by_head = [values if values.ndim == 3 else values[..., None] for values in counts.values()]
@@ -125,41 +127,47 @@ class CPUStepCounts(StepCounts):
         whole = np.concatenate(by_head, 2, dtype=np.float64)
         rows = whole.shape[1]
 
-        def of_heads(values: NDArray[np.float64]) -> NDArray[np.float64]:
-            return np.add.reduceat(values, starts, axis=1)
+        def add(to: Any, values: NDArray[np.float64]) -> None:
+            lines[to, columns] += np.add.reduceat(values, starts, axis=1).astype(np.int64)
 
-        # NumPy adds up along the first axis faster, torch along the second.
-        sums: NDArray[np.float64] = torch.from_numpy(whole).sum(1).numpy()
-        lines[first : first + rows, columns] = of_heads(whole.sum(0))
+        add(slice(first, first + rows), whole.sum(0))
         layers = self.num_reqs + self.layers[:, None]
-        lines[layers, columns] = of_heads(sums)
+        add(layers, whole.sum(1))
         for number, row in enumerate(self.detail, 1):
             if 0 <= row - first < rows:
-                lines[layers + number * self.num_layers, columns] = of_heads(whole[:, row - first])
-        return sums
+                add(layers + number * self.num_layers, whole[:, row - first])
 
-    def _count_decodes(self, decode: DecodeStep, kinds: KindRows, lines: NDArray[np.int64]) -> None:
-        """Write the columns of decode rows, and add to the counts per head."""
-        kept = decode.rows.num_kept.numpy()
-        visible = kinds.visible[kinds.of_layer]
-        if any(decode.stock):  # CPU_ATTN counts nothing
-            kept = np.where(decode.rows.dense.numpy()[..., None], visible[..., None], kept)
-        counts: dict[str, NDArray[Any]] = {  # first those of `HeadCounts.sums`, in their order
-            "keys_kept": kept,
-            "kept_mass": in_units(decode.rows.kept_mass).numpy(),
-            "keys_scored": visible,
-            "rows": np.ones_like(visible),
-        }
-        if (lifted := decode.rows.lifts.numpy() > 0).any():
-            counts["rows_lifted"] = lifted
-        if any_dense := kinds.dense.any():
-            counts |= {name: mask[kinds.of_layer] for name, mask in kinds.reasons.items()}
-        target = kinds.target * ~kinds.dense if any_dense else kinds.target
-        same = {"v_rows_scored": "keys_scored", "v_rows_read": "keys_kept"}
-        if target.any():
-            counts["keys_target"] = target = target[kinds.of_layer]
-            counts["keys_dense"] = kept * (target == 0)[..., None]
-        else:
-            same["keys_dense"] = "keys_kept"
-        self.heads.add(self._add_up(counts, lines, 0))
-        lines[:, [*map(COLUMNS.index, same)]] = lines[:, [*map(COLUMNS.index, same.values())]]
+
+def _counts_of(steps: Sequence[DecodeCounts]) -> dict[str, NDArray[Any]]:
+    """Columns of as many decode rows in several steps, [num_layers, num_rows] each or also
+    [..., heads]."""
+    kinds = [step.kinds for step in steps]
+    of_layer = kinds[0].of_layer
+    kept = [step.kept for step in steps]
+    targets = [kind.target * ~kind.dense for kind in kinds]
+    without_k = [
+        keys * (target == 0)[of_layer][..., None] if target.any() else keys
+        for keys, target in zip(kept, targets, strict=True)
+    ]
+    scored, all_kept = _sum(kind.visible for kind in kinds)[of_layer], _sum(kept)
+    return {
+        "rows": np.full_like(scored, len(steps)),
+        "keys_scored": scored,
+        "keys_kept": all_kept,
+        "v_rows_scored": scored,
+        "v_rows_read": all_kept,
+        "keys_dense": _sum(without_k),
+        "keys_target": _sum(targets)[of_layer],
+        "kept_mass": _sum(in_units(step.kept_mass) for step in steps),
+        "rows_lifted": _sum(step.lifts > 0 for step in steps),
+        **{name: _sum(kind.reasons[name] for kind in kinds)[of_layer] for name in kinds[0].reasons},
+    }
+
+
+def _sum(parts: Iterable[NDArray[Any]]) -> NDArray[np.float64]:
+    """In float64, which holds these integers."""
+    first, *others = parts
+    total = first.astype(np.float64)
+    for part in others:
+        total += part
+    return total

@@ -163,7 +163,7 @@ class StepTensors:
         layers: index and window of every layer.
         weights: [num_layers, num_heads, NUM_WEIGHTS] float32, of the compensation.
         first_head: first query head of this rank.
-        units: of this rank's counts, see `RankHeads`.
+        rank: heads of this rank.
         held: for max_rows single-token requests.
         scratch: partial results of the decode kernel.
     """
@@ -200,8 +200,7 @@ class StepTensors:
         self.launch, self.num_units, self.max_rows = launch, num_units, max_rows
         rank = get_tensor_model_parallel_rank()
         self.first_head = rank * shape.num_heads
-        heads = RankHeads.of(plan.identity, shape.num_heads, shape.num_kv_heads, rank)
-        self.units = heads.units(device)
+        self.rank = RankHeads.of(plan.identity, shape.num_heads, shape.num_kv_heads, rank)
         self._allocate_layers(indices, windows)
         self._column = functools.lru_cache(_MAX_SETTINGS)(self._make_column)
         self._rows_differ = False

@@ -4,16 +4,18 @@ They are too many to travel with every output: vLLM's `collective_rpc("toptheta_
 them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from vllm_toptheta.backend.counts import DecodeCounts, in_units
 from vllm_toptheta.hooks import worker as worker_hook
 from vllm_toptheta.kernels.columns import MASS_UNIT
+
+_MAX_WAITING = 64
 
 
 @dataclass
@@ -28,6 +30,7 @@ class HeadCounts:
         sums: [num_layers, num_kv_heads + num_heads + 2] int64 where the attention runs: keys on the
             lists of kv heads, the share of a query head's attention that the kept keys have in
             units of 1 / MASS_UNIT, keys that rows see, as heads of a layer score alike, and rows.
+        waiting: steps on a CPU that are not in `sums` yet.
     """
 
     engine: str
@@ -35,15 +38,30 @@ class HeadCounts:
     first_head: int
     num_kv_heads: int
     sums: Tensor
+    waiting: list[DecodeCounts] = field(default_factory=list)
 
-    def add(self, sums: NDArray[np.float64]) -> None:
-        """Add a step's on a CPU; further columns are ignored."""
+    def follow(self, step: DecodeCounts) -> None:
+        """Count a step on a CPU, whose rows are yet to run."""
+        if len(self.waiting) == _MAX_WAITING:
+            self.count()
+        self.waiting.append(step)
+
+    def count(self) -> None:
+        """Count the steps that wait, all of which have run."""
         held = self.sums.numpy()
-        np.add(held, sums[:, : held.shape[1]], out=held, casting="unsafe")
+        for step in self.waiting:
+            kept, visible = step.kept, step.visible
+            rows = np.full_like(visible[:, :1], visible.shape[1])
+            mass = in_units(step.kept_mass).sum(1, dtype=np.float64)
+            parts = [kept.sum(1), mass, visible.sum(1, keepdims=True), rows]
+            held += np.concatenate(parts, 1).astype(np.int64)
+        self.waiting = []
 
     def shown(self) -> dict[str, Any]:
         """In plain lists; `scored` in the shape of `kept`, `rows` one number per layer. Waits for
         the device."""
+        if self.waiting:
+            self.count()
         counts = self.sums.cpu().numpy()
         kept = counts[:, : self.num_kv_heads]
         return {

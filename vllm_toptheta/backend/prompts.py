@@ -75,7 +75,7 @@ class PromptStep(PromptRows):
             "prefill_keys_kept": self.num_kept.sum(2).numpy(),
             "prefill_v_tiles": self._visible_tiles().numpy(),
             "prefill_v_tiles_read": self.v_tiles_read.sum(2).numpy(),
-            "prefill_kept_mass": in_units(self.kept_mass).sum(2, dtype=torch.float64).numpy(),
+            "prefill_kept_mass": in_units(self.kept_mass.numpy()).sum(2, dtype=np.float64),
         }
         starts = self.query_start_loc.numpy()[:-1]
         return {

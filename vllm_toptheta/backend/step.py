@@ -62,7 +62,7 @@ class GPUStepCounts(StepCounts):
             len(cam.seq_lens),
             tensors.plan.identity.num_layers,
             detail,
-            tensors.units,
+            tensors.rank,
             tensors,
             heads,
             rows,
@@ -70,7 +70,7 @@ class GPUStepCounts(StepCounts):
             cam.seq_lens,
         )
 
-    def lines(self) -> Tensor:
+    def lines(self, *others: Any) -> Tensor:
         shape = (self.num_reqs, self.num_layers, len(COLUMNS))
         counts = torch.zeros(shape, dtype=torch.int64, device=self.seq_lens.device)
         count_step(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vllm_toptheta.hooks.wrapping import Beside, Method, optional
 from vllm_toptheta.requests import Resolved
-from vllm_toptheta.telemetry.ledger import KEY, StepRecord
+from vllm_toptheta.telemetry.ledger import KEY
 from vllm_toptheta.telemetry.shield import shielded, take_failures
 from vllm_toptheta.telemetry.totals import Totals, add_up
 
@@ -176,16 +176,13 @@ def _hand_on(tensors: dict[str, Tensor], engine: Engine) -> None:
 
 
 def _begin(runner: Any, engine: Engine) -> Totals | None:
-    """Add up the counts of a step and start their copy to the host, without waiting for it."""
-    steps, received = engine.take()
-    # First of all: ranks add up together, and one that failed before would leave others waiting.
-    totals = add_up(steps, received)
-    if totals is None:
+    """Take the counts of a step, without waiting for them."""
+    if (totals := Totals.of(*engine.take())) is None:
         return None
     state = runner.execute_model_state
     batch = getattr(state, "input_batch", None)  # V2 keeps the batch with the step
-    request_ids = (runner.input_batch if batch is None else batch).req_ids
-    return Totals.of(totals, list(request_ids), steps[-1])
+    totals.request_ids = list((runner.input_batch if batch is None else batch).req_ids)
+    return totals
 
 
 def _attach(output: Any, counts: Totals | None) -> None:
@@ -209,7 +206,8 @@ def _put(output: Any, counts: Totals | None) -> None:
     # Empty outputs may be one shared object.
     if not getattr(output, "req_ids", None):
         return
-    if counts is not None:
-        setattr(output, KEY, counts.record())
-    elif failures := take_failures("worker"):
-        setattr(output, KEY, StepRecord([], [], None, {}, failures))
+    failures = take_failures("worker")
+    if counts is not None or failures:
+        counts = counts or Totals([])
+        counts.failures = failures
+        setattr(output, KEY, counts)

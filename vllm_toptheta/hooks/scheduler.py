@@ -31,7 +31,7 @@ def install() -> None:
             outputs = method.original(self, *args, **kwargs)
             if ledger is not None:
                 with shielded("engine"):
-                    _deliver(self, ledger, outputs)
+                    _deliver(self, ledger, outputs, counted=bool(record and record.request_ids))
             return outputs
 
         method.by(update_from_output).wrap()
@@ -41,13 +41,21 @@ def _engine_index(scheduler: Any) -> int:
     return int(scheduler.vllm_config.parallel_config.data_parallel_index)
 
 
-def _deliver(scheduler: Any, ledger: Ledger, outputs: dict[int, Any]) -> None:
+def _deliver(scheduler: Any, ledger: Ledger, outputs: dict[int, Any], *, counted: bool) -> None:
     ledger.note_failures(take_failures("engine"))
-    for client_outputs in outputs.values():
-        for output in client_outputs.outputs:
-            if (content := ledger.tell(output.request_id)) is not None:
-                # A KV connector's own parameters stay.
-                output.kv_transfer_params = {**(output.kv_transfer_params or {}), KEY: content}
+    carriers = [
+        (output, _may_be_last(scheduler, output))
+        for of_client in outputs.values()
+        for output in of_client.outputs
+    ]
+    # Steps of one batch may wait, but not what came before a step without counts: its requests may
+    # be gone.
+    if counted and ledger.waits and not any(last for _, last in carriers):
+        return
+    for output, last in carriers:
+        if (content := ledger.tell(output.request_id, last=last)) is not None:
+            # A KV connector's own parameters stay.
+            output.kv_transfer_params = {**(output.kv_transfer_params or {}), KEY: content}
 
     def is_live(request_id: str) -> bool:
         request = scheduler.requests.get(request_id)
@@ -55,6 +63,14 @@ def _deliver(scheduler: Any, ledger: Ledger, outputs: dict[int, Any]) -> None:
 
     for letter in ledger.close(is_live):
         _post(outputs, letter)
+
+
+def _may_be_last(scheduler: Any, output: Any) -> bool:
+    """Whether a request may end with an output; the server itself finds stop strings."""
+    if getattr(output, "finish_reason", output) is not None:
+        return True
+    params = getattr(scheduler.requests.get(output.request_id), "sampling_params", None)
+    return bool(getattr(params, "stop", True))
 
 
 def _post(outputs: dict[int, Any], letter: Letter) -> None:

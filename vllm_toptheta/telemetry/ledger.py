@@ -1,5 +1,8 @@
 """The engine core's books: step counts of the worker in, what each output and client is told out.
 
+Steps of one batch are booked together: when an output may be its request's last, when the batch
+changes, and twice a second.
+
 Every count is told exactly once as `new`, which the server adds to its metrics without keeping
 state per request: all that came for a client's requests, with the next output that goes to it.
 Where none is left to wait for (aborts, and steps that ran after a stop string was found), it goes
@@ -15,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_toptheta.kernels.columns import COLUMNS
-from vllm_toptheta.telemetry.counters import Counts
+from vllm_toptheta.telemetry.totals import Totals
 
 KEY = "toptheta"
 """Of a step's record on vLLM's `ModelRunnerOutput`, and of the counts in `kv_transfer_params`."""
@@ -24,26 +27,9 @@ ENGINE_LETTER = "toptheta-engine"
 """Request id of letters that belong to no request."""
 
 _LAYERS_EVERY_S = 1.0
-
-
-@dataclass
-class StepRecord:
-    """What a worker tells about one engine step.
-
-    Attributes:
-        request_ids: requests of the batch.
-        requests: [num_requests, len(COLUMNS)] counts of each.
-        layers: [num_layers, len(COLUMNS)] counts of each layer, all requests together; None in a
-            record without counts.
-        detail: [num_layers, len(COLUMNS)] counts of each layer, of requests that asked for them.
-        failures: telemetry failures in the worker since the last record.
-    """
-
-    request_ids: list[str]
-    requests: NDArray[np.int64] | list[Counts]
-    layers: NDArray[np.int64] | None
-    detail: dict[str, NDArray[np.int64]]
-    failures: int = 0
+_BOOK_EVERY_S = 0.5
+_MAX_PENDING = 64
+"""Steps, whose arrays are held until then."""
 
 
 class Letter(NamedTuple):
@@ -78,28 +64,49 @@ class Ledger:
         self._rows_of_client: dict[int, list[int]] = {}
         self._new: dict[int, NDArray[np.int64]] = {}
         self._layers: NDArray[np.int64] | None = None
+        self._pending: list[Totals] = []
+        self._booked = 0.0
         self._failures = {"worker": 0, "engine": 0}
         self._layers_told = 0.0
 
-    def add(self, record: StepRecord, client_of: Callable[[str], int | None]) -> None:
-        """Book one step.
+    @property
+    def waits(self) -> bool:
+        """Whether steps wait to be booked."""
+        return bool(self._pending)
+
+    def add(self, totals: Totals, client_of: Callable[[str], int | None]) -> None:
+        """Take in one step.
 
         Args:
-            record: from the worker.
+            totals: from the worker.
             client_of: the client of a request that is in the engine; None for others.
         """
-        if record.layers is not None:
-            self._turn_to(record.request_ids, client_of)
-            requests = np.asarray(record.requests)
-            self._totals += requests
-            for client, rows in self._rows_of_client.items():
-                new = requests[rows].sum(0)
-                self._new[client] = new + self._new.get(client, 0)
-            for request_id, detail in record.detail.items():
-                account = self._accounts[request_id]
-                account.layers = detail + (0 if account.layers is None else account.layers)
-            self._layers = record.layers + (0 if self._layers is None else self._layers)
-        self._failures["worker"] += record.failures
+        self._failures["worker"] += totals.failures
+        if not totals.request_ids:
+            return
+        if not (self._pending and totals.follows(self._pending[-1])):
+            self.book()
+            self._turn_to(totals.request_ids, client_of)
+        self._pending.append(totals)
+        since = time.monotonic() - self._booked
+        if since >= _BOOK_EVERY_S or len(self._pending) == _MAX_PENDING:
+            self.book()
+
+    def book(self) -> None:
+        """Book the steps that wait."""
+        if not self._pending:
+            return
+        (first, *others), self._pending = self._pending, []
+        self._booked = time.monotonic()
+        record = first.together(others)
+        self._totals += record.requests
+        for client, rows in self._rows_of_client.items():
+            new = record.requests[rows].sum(0)
+            self._new[client] = new + self._new.get(client, 0)
+        for request_id, detail in record.detail.items():
+            account = self._accounts[request_id]
+            account.layers = detail + (0 if account.layers is None else account.layers)
+        self._layers = record.layers + (0 if self._layers is None else self._layers)
 
     def _turn_to(self, batch: list[str], client_of: Callable[[str], int | None]) -> None:
         """Bring the totals of these requests together, so that a step is one addition; most steps
@@ -122,13 +129,22 @@ class Ledger:
         """Book telemetry failures of this process."""
         self._failures["engine"] += count
 
-    def tell(self, request_id: str) -> dict[str, Any] | None:
-        """What an output of a request carries; None where nothing was counted."""
+    def tell(self, request_id: str, *, last: bool = True) -> dict[str, Any] | None:
+        """What an output of a request carries; None where nothing was counted.
+
+        Args:
+            request_id: the request.
+            last: whether it may be its last one; others carry only what is new.
+        """
+        self.book()
         account = self._accounts.get(request_id)
         if account is None:
             return None
+        new = self._new.pop(account.client, None)
+        if new is None and not last:
+            return None
         content: dict[str, Any] = {"engine": self._engine, "total": account.total.tolist()}
-        if (new := self._new.pop(account.client, None)) is not None:
+        if new is not None:
             content["new"] = new.tolist()
         if account.layers is not None:
             content["layers"] = account.layers.tolist()
@@ -140,6 +156,7 @@ class Ledger:
         Args:
             is_live: whether a request is still in the engine.
         """
+        self.book()
         for request_id in [name for name in self._accounts if not is_live(name)]:
             del self._accounts[request_id]
         letters = []

@@ -43,7 +43,7 @@ def register() -> None:
 
 def _break_on_demand() -> None:
     """Let telemetry raise in every process while a file exists."""
-    from vllm_toptheta.telemetry import delivery, ledger
+    from vllm_toptheta.telemetry import delivery, ledger, totals
 
     switch = os.environ.get("TOPTHETA_BREAK", "")
 
@@ -55,6 +55,6 @@ def _break_on_demand() -> None:
 
         return broken
 
-    ledger.StepRecord.__init__ = breaking(ledger.StepRecord.__init__)  # type: ignore[method-assign]
+    totals.Totals.of = breaking(totals.Totals.of)  # type: ignore[method-assign]
     ledger.Ledger.close = breaking(ledger.Ledger.close)  # type: ignore[method-assign]
     delivery.Choice.show = breaking(delivery.Choice.show)  # type: ignore[method-assign]
