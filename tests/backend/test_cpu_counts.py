@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="needs an installed vLLM")
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from asked import resolve  # noqa: E402
 from cpu_engine import CHUNK, HEADS, KV_HEADS, Batch, Engine, plans  # noqa: E402
@@ -15,8 +16,9 @@ from vllm.config import VllmConfig  # noqa: E402
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 
 from vllm_toptheta.backend import counts as counts_module  # noqa: E402
-from vllm_toptheta.backend.counts import RankHeads  # noqa: E402
-from vllm_toptheta.backend.heads import toptheta_heads  # noqa: E402
+from vllm_toptheta.backend.counts import DecodeCounts, RankHeads  # noqa: E402
+from vllm_toptheta.backend.dial import KindRows  # noqa: E402
+from vllm_toptheta.backend.heads import HeadCounts, toptheta_heads  # noqa: E402
 from vllm_toptheta.hooks import model_runner  # noqa: E402
 from vllm_toptheta.kernels.columns import COLUMNS  # noqa: E402
 from vllm_toptheta.requests import RequestOptions  # noqa: E402
@@ -47,7 +49,9 @@ def test_counts_per_head_add_up_to_those_of_the_requests(
 ) -> None:
     engine = Engine(monkeypatch, vllm_config, "decode", True)
     _, counts = engine.step(Batch([0, 1, CHUNK]))
-    (heads,) = toptheta_heads(SimpleNamespace(vllm_config=vllm_config))
+    worker = SimpleNamespace(vllm_config=vllm_config)
+    (heads,) = toptheta_heads(worker)
+    assert toptheta_heads(worker) == [heads], "each step once"
     assert (heads["layers"], heads["first_head"], heads["rows"]) == ([0, 1], 0, [2, 2])
 
     def total(name: str) -> int:
@@ -92,3 +96,16 @@ def test_what_a_step_without_pruned_prompts_counts_waits_where_one_rank_counts(
     assert engine.counts.waits
     monkeypatch.setattr(counts_module, "get_tp_group", lambda: SimpleNamespace(world_size=2))
     assert not engine.counts.waits, "the ranks add up in every step"
+
+
+def test_counts_per_head_do_not_hold_every_step() -> None:
+    counts = HeadCounts("engine", [0], 0, 1, torch.zeros(1, 4, dtype=torch.int64))
+    nothing = np.zeros((1, 1), dtype=bool)
+    kinds = KindRows(np.zeros(1, dtype=np.int64), np.full((1, 1), 9), nothing * 0, {}, nothing)
+    kept, mass = np.full((1, 1, 1), 2, dtype=np.int32), np.ones((1, 1, 1), dtype=np.float32)
+    for _ in range(200):
+        counts.follow(DecodeCounts(kinds, kept, kept, mass))
+        assert len(counts.waiting) <= 64
+    assert counts.shown()["kept"] == [[400]]
+    assert counts.shown()["scored"] == [[1800]]
+    assert counts.shown()["rows"] == [200]

@@ -7,7 +7,7 @@ import torch
 from tiny_models import collect, random_documents, tiny_model
 
 from vllm_toptheta.calibration.collect import AttentionStatistics
-from vllm_toptheta.calibration.fit import fit, fit_weights, residual
+from vllm_toptheta.calibration.fit import fit, fit_weights
 
 NUM_WEIGHTS = 5
 
@@ -45,6 +45,14 @@ def test_constrained_weights_are_least_squares_with_one_weight_less() -> None:
     got = fit_weights(terms.T @ terms, dense @ terms)
     assert float(got[:2].sum()) == pytest.approx(1, abs=1e-12)
     torch.testing.assert_close(got[[0, 2, 3, 4]], solution, rtol=0, atol=1e-3)
+
+
+def residual(
+    gram: torch.Tensor, moment: torch.Tensor, dense: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Squared distance to the dense output as a share of its square."""
+    fitted = (weights[..., None, :] @ gram @ weights[..., None])[..., 0, 0]
+    return (dense - 2 * (weights * moment).sum(-1) + fitted) / dense
 
 
 @pytest.mark.parametrize("constrained", [False, True])

@@ -94,16 +94,3 @@ def fit_weights(gram: Tensor, moment: Tensor, *, constrained: bool = True) -> Te
         right = torch.cat([right, total[..., None]], dim=-1)
     solution: Tensor = torch.linalg.solve(matrix, right)
     return solution[..., :size] / unit
-
-
-def residual(gram: Tensor, moment: Tensor, dense: Tensor, weights: Tensor) -> Tensor:
-    """[...] squared distance to the dense output as a share of its square.
-
-    Args:
-        gram, moment: as in `fit_weights`.
-        dense: [...] squared dense output.
-        weights: [..., NUM_WEIGHTS].
-    """
-    fitted = (weights[..., None, :] @ gram @ weights[..., None])[..., 0, 0]
-    left = dense - 2 * (weights * moment).sum(-1) + fitted
-    return left / dense.clamp(min=1e-30)
