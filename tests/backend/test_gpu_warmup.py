@@ -72,7 +72,7 @@ def test_its_row_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"phases": "both"}, {"_centres_kernel", "_update_sketch_kernel"}),
         ({"phases": "both", "k_sketch": True}, set()),
     ],
-    ids=str,
+    ids=["decode", "both", "sketch"],
 )
 def test_every_kernel_of_a_step_is_compiled_before(
     monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], without: set[str]
