@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -75,8 +76,10 @@ class Running:
         xargs: dict[str, Any],
         stream: bool = False,
         n: int = 1,
+        started: Event | None = None,
     ) -> Answer:
-        """A completion whose blocks nobody with another salt can use."""
+        """A completion whose blocks nobody with another salt can use; a stream sets `started` with
+        its first token."""
         body = {"allowed_token_ids": [TOKEN], "cache_salt": salt, "vllm_xargs": xargs}
         answer = self.client.completions.create(
             model=self.model,
@@ -90,7 +93,11 @@ class Running:
         if not stream:
             return self._answer(answer)
         # The usage chunk comes last and carries the object.
-        chunks = [(chunk, time.monotonic()) for chunk in answer]
+        chunks = []
+        for chunk in answer:
+            chunks.append((chunk, time.monotonic()))
+            if started is not None:
+                started.set()
         return self._answer(chunks[-1][0], first=chunks[0][1], last=chunks[-1][1])
 
     def _answer(self, answer: Any, **times: float) -> Answer:
@@ -137,10 +144,11 @@ REQUESTS: dict[str, tuple[int, int, dict[str, Any]]] = {
 """Characters of the prompt, tokens to generate, and options."""
 
 
-def send(running: Running, name: str, salt: str) -> Answer:
+def send(running: Running, name: str, salt: str, started: Event | None = None) -> Answer:
     length, tokens, xargs = REQUESTS[name]
     start = 6000 * list(REQUESTS).index(name)
-    return running.ask(TEXT[start : start + length], tokens, salt, xargs, stream=True)
+    text = TEXT[start : start + length]
+    return running.ask(text, tokens, salt, xargs, stream=True, started=started)
 
 
 @pytest.fixture(scope="module")
@@ -150,8 +158,12 @@ def alone(running: Running) -> dict[str, Answer]:
 
 @pytest.fixture(scope="module")
 def together(running: Running, alone: dict[str, Answer]) -> dict[str, Answer]:
+    started = Event()
     with ThreadPoolExecutor(len(REQUESTS)) as pool:
-        jobs = {name: pool.submit(send, running, name, "together") for name in REQUESTS}
+        jobs = {"short": pool.submit(send, running, "short", "together", started)}
+        assert started.wait(120)  # the others' prompts come while it generates
+        for name in REQUESTS.keys() - jobs.keys():
+            jobs[name] = pool.submit(send, running, name, "together")
     return {name: job.result() for name, job in jobs.items()}
 
 
