@@ -64,6 +64,8 @@ def test_counts_per_head_add_up_to_those_of_the_requests(
     assert int(torch.tensor(heads["scored"]).sum()) == total("v_rows_scored")
     assert float(mass.sum()) * 1e6 == pytest.approx(total("kept_mass"), abs=4)
     assert (mass[1] == 2).all(), "the dense layer keeps everything"
+    engine.builder.build(0, Batch([0, 1, CHUNK]).common())  # a dummy run: no engine step is open
+    assert toptheta_heads(worker) == [heads]
 
 
 @pytest.mark.parametrize("phases", ["decode", "both"])

@@ -235,8 +235,7 @@ class TopThetaCPUMetadataBuilder(CPUAttentionMetadataBuilder):
                 prompts = dense_prompts(rest, self.num_layers, self.num_heads, self.num_kv_heads)
             if prompts is None:
                 prefill = super().build(common_prefix_len, rest, fast_build)
-        if self.plan.config.telemetry:
-            model_runner.record(counts)
+        if self.plan.config.telemetry and model_runner.record(counts):
             with shielded("worker"):
                 if counts.decode is not None:
                     self.heads.follow(counts.decode)

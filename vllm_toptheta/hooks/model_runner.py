@@ -135,10 +135,13 @@ def running(runner: Any, engine: Engine) -> Iterator[None]:
         _running.pop()
 
 
-def record(step: Any) -> None:
-    """Have an attention step counted, where an engine step is running; see `add_up`."""
-    if _running:
-        _running[-1][1].steps.append(step)
+def record(step: Any) -> bool:
+    """Have an attention step counted, where an engine step is running, and say whether one is; see
+    `add_up`."""
+    if not _running:
+        return False
+    _running[-1][1].steps.append(step)
+    return True
 
 
 def row_options(cam: Any) -> dict[int, Resolved]:
